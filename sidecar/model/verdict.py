@@ -1,0 +1,168 @@
+"""The engine's answer to one operation, and the interface by which sessions ask for it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sidecar.model.flow import FlowFacts
+from sidecar.model.operation import Operation
+from sidecar.model.record import ObjectPart
+
+
+class Action(enum.StrEnum):
+    ALLOW = "allow"
+    DENY = "deny"
+    MASK = "mask"
+    """Allowed, and at least one mask rule matched."""
+    HOLD = "hold"
+    INVALID = "invalid"
+    """SQL that the server's own grammar rejects: answered as the server would (42601), not a denial."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApproveTerms:
+    by: tuple[str, ...] = ()
+    within_s: float = 900.0
+
+
+class ValueMask(Protocol):
+    """One strategy, applied to one value. Implementations live in `policy.masks`."""
+
+    @property
+    def rule(self) -> str: ...
+
+    def apply_text(self, value: bytes, type_oid: int) -> bytes | None:
+        """Mask a value in PostgreSQL text format. None (NULL) where the type cannot hold the masked form."""
+        ...
+
+    def apply_str(self, value: str) -> str | None:
+        """Mask a JSON string, header or form value. None: becomes JSON null, or the header is removed."""
+        ...
+
+
+class MaskPlan(Protocol):
+    """All masks that matched, merged: for one column the first rule wins. Falsy when it holds nothing."""
+
+    def __bool__(self) -> bool: ...
+
+    @property
+    def rules(self) -> tuple[str, ...]: ...
+
+    @property
+    def has_columns(self) -> bool:
+        """True where any column pattern is in the plan."""
+        ...
+
+    def column(self, schema: str | None, table: str | None, column: str) -> ValueMask | None:
+        """The mask for a column. None for schema or table means unknown, which matches every pattern's schema or table."""
+        ...
+
+    def column_names(self) -> frozenset[str]:
+        """Last components of all column patterns, lower case; `*` where a pattern ends in one."""
+        ...
+
+    def derived(self) -> ValueMask:
+        """The strongest mask (redact) for a value that may be derived from a masked column."""
+        ...
+
+    def detect_text(self, value: bytes) -> bytes:
+        """Apply content detectors to a text value; the same object where nothing was found."""
+        ...
+
+    @property
+    def has_detectors(self) -> bool: ...
+
+    @property
+    def has_json(self) -> bool: ...
+
+    def apply_json(self, document: object) -> tuple[object, bool]:
+        """A masked copy of a parsed JSON document, and whether anything was changed."""
+        ...
+
+    def header(self, name: str) -> ValueMask | None:
+        """The mask for an HTTP response header; `name` lower case."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SyntaxIssue:
+    """Why the grammar rejects a text: the server's own message and the 1-based character position (0: unknown)."""
+
+    message: str
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    action: Action
+    rule: str | None
+    """Name of the deciding rule; None where the document's default decided."""
+    reason: str
+    policy: str
+    """Revision of the document (first 16 hex digits of its SHA-256)."""
+    masks: MaskPlan
+    """What to mask for the client (and in the record)."""
+    record_masks: MaskPlan
+    """What to mask in the record: `masks` and those of observing rules."""
+    enforced: bool = True
+    """False where the verdict stems from an observing document, which let through what `would` names."""
+    would: str | None = None
+    """`deny` or `hold` and the rule's name (`deny:no-drops`), where an observing rule would have decided so."""
+    approve: ApproveTerms | None = None
+    severity: str | None = None
+    owner: str | None = None
+    tags: tuple[str, ...] = ()
+    syntax: SyntaxIssue | None = None
+    statements: tuple[str, ...] = ()
+    """Statement kinds in order (`SELECT`, `DROP TABLE` as `DROP`, …); SQL only."""
+    objects: tuple[ObjectPart, ...] = ()
+    sql: SqlFacts | None = None
+    cacheable: bool = True
+    """False where the answer depended on something outside (text, parameters-free facts): parameters, or a body."""
+
+
+@dataclass(frozen=True, slots=True)
+class SqlFacts:
+    """What the tree says that a session needs."""
+
+    statements: tuple[str, ...] = ()
+    sets_reserved_setting: bool = False
+    """SET, RESET, set_config or the like of the reserved setting, or a form that could hide one."""
+    may_change_catalog: bool = False
+    """DDL, or something opaque that may hold DDL: catalog facts have to be refreshed."""
+    transaction_control: bool = False
+    is_copy: bool = False
+    copy_source: str | None = None
+    """`schema.table`, `table` or None where COPY reads a query."""
+    masked_reach: bool = False
+    """A masked column (by name, whole-row, star in a subquery, or unknown function over a masked table) can reach a derived
+    result column; derived columns (table OID 0) are then masked."""
+    copies_masked: bool = False
+    """COPY TO of something that holds a masked column and cannot be rewritten: denied."""
+    writes_masked: bool = False
+    """A masked column may flow into another table, a file or a program."""
+    password_spans: tuple[tuple[int, int], ...] = ()
+    """Byte offsets [start, end) of password literals in the text, to be replaced before recording."""
+    masked_literal_spans: tuple[tuple[int, int], ...] = field(default=())
+    """Byte offsets of literals bound to masked columns."""
+    masked_parameters: tuple[int, ...] = ()
+    """0-based numbers of parameters bound to masked columns."""
+
+
+class Engine(Protocol):
+    """A compiled policy. Pure and safe to share by all flows of a worker."""
+
+    @property
+    def revision(self) -> str: ...
+
+    @property
+    def wants_request_json(self) -> bool:
+        """True where a rule looks at a request's JSON body."""
+        ...
+
+    def evaluate(self, operation: Operation, facts: FlowFacts) -> Verdict:
+        """Judge one operation. Never raises for bad input: what cannot be understood follows `on_unparsed`. Caches by statement
+        and the deciding facts (design, section 2), so that calling it for every statement is cheap."""
+        ...

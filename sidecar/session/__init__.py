@@ -1,0 +1,1 @@
+"""Sans-io sessions: one per flow, events in, commands out. See `sidecar.session.commands`."""
