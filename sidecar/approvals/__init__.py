@@ -1,0 +1,1 @@
+"""Holds: who may release a parked statement, for how long, and exactly once. Pure: no I/O, no clock."""
