@@ -129,7 +129,7 @@ class Front:
         self._interrupted: int | None = None
         self._keyboard_interrupt = False
         self._deadline = float("inf")
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+        self._mask: set[int] = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
         self._signals = _signalfd(_WATCHED)
         self._mirrors_stops = _has_job_control()
 
@@ -137,9 +137,11 @@ class Front:
         """Returns the exit status; dies of SIGINT itself where the command did and the keyboard sent it to both, so
         that a calling script stops as it would have without us."""
         while not self._finished():
-            channel = [] if self._inspector_gone else [self._channel]
+            watched: list[int | socket.socket] = [self._signals]
+            if not self._inspector_gone:
+                watched.append(self._channel)
             timeout = max(0.0, self._deadline - time.monotonic()) if self._deadline != float("inf") else None
-            ready, _, _ = select.select([self._signals, *channel], [], [], timeout)
+            ready, _, _ = select.select(watched, [], [], timeout)
             if self._signals in ready:
                 self._take_signal()
             if self._channel in ready:
@@ -271,7 +273,7 @@ class Front:
         self._limit_teardown()
 
 
-def _spawn(launch: Launch, mask: set[signal.Signals]) -> tuple[int, str, int]:
+def _spawn(launch: Launch, mask: set[int]) -> tuple[int, str, int]:
     """Fork and exec. Returns (pid, "", 0), or (0, what failed, errno)."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -287,7 +289,7 @@ def _spawn(launch: Launch, mask: set[signal.Signals]) -> tuple[int, str, int]:
     return 0, stage, int(number)
 
 
-def _become(launch: Launch, mask: set[signal.Signals], report: int) -> None:
+def _become(launch: Launch, mask: set[int], report: int) -> None:
     """In the child: never returns. Until exec nothing of the command has run, and by then it is in its cgroup."""
     stage = "joining the cgroup"
     try:
@@ -337,9 +339,10 @@ def _shell_status(exitcode: int) -> int:
 def _has_job_control() -> bool:
     """Whether a shell above us will continue us: we have a terminal and do not lead its session."""
     try:
-        return os.isatty(0) and os.tcgetsid(0) == os.getsid(0) != os.getpid()
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:
         return False
+    return os.getsid(0) != os.getpid()
 
 
 def _die_of(number: signal.Signals) -> None:
@@ -352,8 +355,8 @@ def _die_of(number: signal.Signals) -> None:
 def _signalfd(signals: tuple[signal.Signals, ...]) -> int:
     """signalfd(2), which Python lacks: unlike a handler it tells who sent the signal."""
     bits = 0
-    for number in signals:
-        bits |= 1 << (number - 1)
+    for watched in signals:
+        bits |= 1 << (watched - 1)
     mask = ctypes.create_string_buffer(bits.to_bytes(128, sys.byteorder), 128)
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor: int = libc.signalfd(-1, mask, os.O_CLOEXEC)

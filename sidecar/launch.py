@@ -73,8 +73,7 @@ async def launch(
     `extra_env` is for variables that the person has not set. Cancelling ends the command. On return nothing is left in
     the cgroup.
     """
-    own_front = _channel is None
-    channel = _channel or _start_front()
+    channel, front_pid = (_channel, None) if _channel else _start_front()
     channel.setblocking(False)
     loop = asyncio.get_running_loop()
     environ = {**extra_env, **user.environ}
@@ -99,8 +98,9 @@ async def launch(
     except ConnectionError:
         return FRONT_LOST
     finally:
-        if own_front:
+        if front_pid is not None:
             channel.close()
+            await asyncio.to_thread(os.waitpid, front_pid, 0)
         await _end_leftovers(job_cgroup)
 
 
@@ -114,7 +114,7 @@ async def _receive(channel: socket.socket, buffer: bytearray) -> Message | None:
     return message
 
 
-def _start_front() -> socket.socket:
+def _start_front() -> tuple[socket.socket, int]:
     """A front as our child, for callers that did not `split` (tests, and agents that embed us)."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
@@ -126,7 +126,7 @@ def _start_front() -> socket.socket:
         finally:
             os._exit(status)
     theirs.close()
-    return ours
+    return ours, pid
 
 
 def processes(cgroup: Path) -> list[int]:
