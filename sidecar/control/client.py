@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from sidecar.errors import ControlError
 
 CONNECT_TIMEOUT_S: Final = 2.0
 ANSWER_TIMEOUT_S: Final = 15.0
+INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
+MIN_SHORT_ID: Final = 4
+"""Digits of an id's end that are looked for."""
 
 T = TypeVar("T")
 
@@ -43,11 +47,18 @@ def discover(directory: Path = protocol.RUN_DIRECTORY) -> list[Instance]:
     return found
 
 
+def known_instances(directory: Path = protocol.RUN_DIRECTORY) -> list[str]:
+    """Names of all instances that have a run directory, live or dead."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(entry.name for entry in directory.iterdir() if INSTANCE_NAME.fullmatch(entry.name))
+    return []
+
+
 class ControlClient:
     """One connection to one agent. Every method raises ControlError where it is refused, unanswered or not understood."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(CONNECT_TIMEOUT_S)
         try:
@@ -117,7 +128,7 @@ class ControlClient:
     def _receive(self) -> Reply:
         size = int.from_bytes(self._exactly(4), "big")
         if size > protocol.MAX_REPLY_BYTES:
-            raise ControlError(f"the agent on {self._path} sent a reply of {size} bytes")
+            raise ControlError(f"the agent on {self.path} sent a reply of {size} bytes")
         reply = protocol.decode_reply(self._exactly(size))
         if reply.error is not None:
             raise ControlError(reply.error, hint=reply.hint)
@@ -131,13 +142,13 @@ class ControlClient:
             except OSError as error:
                 raise self._lost(error) from error
             if not part:
-                raise ControlError(f"the agent on {self._path} closed the connection", hint="sidecar status")
+                raise ControlError(f"the agent on {self.path} closed the connection", hint="sidecar status")
             data += part
         return bytes(data)
 
     def _lost(self, error: OSError) -> ControlError:
         reason = "no answer in time" if isinstance(error, TimeoutError) else (error.strerror or str(error))
-        return ControlError(f"the agent on {self._path}: {reason}", hint="sidecar status")
+        return ControlError(f"the agent on {self.path}: {reason}", hint="sidecar status")
 
 
 def _convert(reply: Reply, type_: type[T]) -> T:
@@ -147,3 +158,47 @@ def _convert(reply: Reply, type_: type[T]) -> T:
         raise ControlError(
             f"the agent's answer is not understood: {error}", hint="is the agent of another version?"
         ) from error
+
+
+class Approvals:
+    """The holds of all live instances. Implements the collector's `ApprovalsGateway` for the page of `sidecar run`."""
+
+    def __init__(self, directory: Path = protocol.RUN_DIRECTORY) -> None:
+        self._directory = directory
+
+    def views(self) -> list[HoldView]:
+        """All holds that we may see."""
+        found: list[HoldView] = []
+        for client in self._clients():
+            found += client.holds()
+        return found
+
+    def find(self, hold_id: str) -> HoldView:
+        """By its id, or by the end of it that people type. Raises ControlError where there is none, or more than one."""
+        return self._find(hold_id)[0]
+
+    def decide_view(self, hold_id: str, approve: bool, *, by: str = "", reason: str = "") -> HoldView:
+        view, path = self._find(hold_id)
+        with ControlClient(path) as client:
+            return client.decide(view.id, approve, by, reason)
+
+    def _find(self, hold_id: str) -> tuple[HoldView, Path]:
+        if len(hold_id) < MIN_SHORT_ID:
+            raise ControlError(f"an id has at least {MIN_SHORT_ID} digits", hint="sidecar approvals list")
+        found: list[tuple[HoldView, Path]] = []
+        for client in self._clients():
+            found += [(view, client.path) for view in client.holds() if view.id.endswith(hold_id)]
+        if not found:
+            raise ControlError(f"there is no hold {hold_id}", hint="sidecar approvals list")
+        if len(found) > 1:
+            raise ControlError(f"{len(found)} holds end in {hold_id}", hint="give more digits of the id")
+        return found[0]
+
+    def _clients(self) -> Iterator[ControlClient]:
+        for instance in discover(self._directory):
+            try:
+                client = ControlClient(instance.path)
+            except ControlError:
+                continue  # it has just ended
+            with client:
+                yield client

@@ -1,0 +1,82 @@
+"""The command `sidecar`: the root group, one module a command group, loaded only when it is used.
+
+Every SidecarError ends here: its message and hint go to stderr, its `exit_code` to the shell.
+Exit codes: 0 done, 1 the checked thing does not hold, 2 usage or configuration, 3 a prerequisite is missing; `exec` has
+the command's own, and 125, 126, 127 as env(1).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any, Final
+
+import click
+
+from sidecar import __version__
+from sidecar.cli import output
+from sidecar.errors import SidecarError
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    # name -> (module:attribute, one line for the overview)
+    "run": ("sidecar.cli.run:run", "The agent in the foreground: steering, inspector, audit."),
+    "exec": ("sidecar.cli.exec:exec_", "Run one command steered; no agent needed."),
+    "status": ("sidecar.cli.status:status", "What is running, and whether it is well."),
+    "flows": ("sidecar.cli.flows:flows", "Live table of open flows."),
+    "doctor": ("sidecar.cli.doctor:doctor", "Each prerequisite, with its fix."),
+    "down": ("sidecar.cli.down:down", "Remove every kernel trace, also after a crash."),
+    "policy": ("sidecar.cli.policy:policy", "Check, test and explain a policy."),
+    "approvals": ("sidecar.cli.approvals:approvals", "Statements that wait for a decision."),
+    "audit": ("sidecar.cli.audit:audit", "Follow, show, export and verify the records."),
+    "why": ("sidecar.cli.why:why", "Why a statement or request was refused, and what to do."),
+    "collector": ("sidecar.cli.collector:collector", "The upstream: ingest, store, web pages, API."),
+}
+
+
+class _Failure(click.ClickException):
+    """A SidecarError on its way to the shell."""
+
+    def __init__(self, error: SidecarError) -> None:
+        super().__init__(error.message if not str(error) else str(error))
+        self.hint = error.hint
+        self.exit_code = error.exit_code
+
+    def show(self, file: Any = None) -> None:
+        output.error(self.message, self.hint)
+
+
+class RootGroup(click.Group):
+    """Imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SidecarError as error:
+            raise _Failure(error) from error
+
+
+@click.group(cls=RootGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", message="sidecar %(version)s")
+def cli() -> None:
+    """Steers the connections of unchanged scripts into a local inspector that knows who connected, judges, masks and
+    records."""
+    logging.basicConfig(format="sidecar: %(levelname)s: %(message)s", level=logging.WARNING)
+
+
+def main() -> None:
+    """Entry point of the command `sidecar`."""
+    cli(prog_name="sidecar")

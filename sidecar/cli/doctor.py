@@ -1,0 +1,142 @@
+"""`sidecar doctor`: each prerequisite, with its fix."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import click
+
+from sidecar.cli import output
+from sidecar.cli.instances import json_option
+from sidecar.errors import SidecarError
+
+NOT_CHECKED: Final = (
+    "trust in the local certificate authority by client runtimes: TLS is not opened in this version",
+)
+
+
+class Check(Protocol):
+    """As `kernel.capabilities.Check`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def detail(self) -> str: ...
+    @property
+    def hint(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCheck:
+    name: str
+    ok: bool
+    detail: str
+    hint: str | None = None
+
+
+@click.command()
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Configuration to check; default /etc/sidecar/sidecar.yaml where it exists, else the built-in one.",
+)
+@json_option
+def doctor(config_file: Path | None, as_json: bool) -> None:
+    """Each prerequisite, with its fix. Exit status 3 where one is missing."""
+    from sidecar.kernel.capabilities import probe
+
+    checks: list[Check] = [*probe(), *own_checks(config_file)]
+    well = all(check.ok for check in checks)
+    if as_json:
+        output.emit_json(
+            {
+                "ok": well,
+                "checks": [
+                    {"name": check.name, "ok": check.ok, "detail": check.detail, "hint": check.hint}
+                    for check in checks
+                ],
+                "not_checked": list(NOT_CHECKED),
+            }
+        )
+    else:
+        for text in describe(checks):
+            output.line(output.plain(text))
+        for text in NOT_CHECKED:
+            output.line(f"not checked: {text}")
+    sys.exit(0 if well else 3)
+
+
+def describe(checks: Sequence[Check]) -> list[str]:
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{'ok     ' if check.ok else 'MISSING'}  {check.name:<{width}}  {check.detail}")
+        if not check.ok and check.hint:
+            lines.append(f"{'':9}{'':{width}}  hint: {check.hint}")
+    return lines
+
+
+def own_checks(config_file: Path | None) -> list[OwnCheck]:
+    """What the kernel's probe does not look at: configuration, policy, audit directory."""
+    from sidecar.config import load_config
+
+    try:
+        config = load_config(config_file)
+    except SidecarError as error:
+        return [OwnCheck("configuration", False, str(error), error.hint or "correct the file")]
+    where = str(config.file) if config.file else "built in (no /etc/sidecar/sidecar.yaml)"
+    return [
+        OwnCheck("configuration", True, where),
+        _policy(config.policy),
+        audit_directory(Path(config.audit.directory)),
+    ]
+
+
+def _policy(path: Path | None) -> OwnCheck:
+    if path is None:
+        return OwnCheck("policy", True, "built in: allow, record everything")
+    from sidecar.policy import load_policy
+
+    try:
+        load_policy(path.read_text(encoding="utf-8"), str(path))
+    except SidecarError as error:
+        return OwnCheck("policy", False, str(error), error.hint or f"sidecar policy check {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        return OwnCheck(
+            "policy", False, f"{path}: {error}", "`policy:` is relative to the configuration file"
+        )
+    return OwnCheck("policy", True, str(path))
+
+
+def audit_directory(directory: Path) -> OwnCheck:
+    """Whether records can be written there: tried, in the directory or in the nearest one that exists."""
+    nearest = directory
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".sidecar-doctor-") as trial:
+            trial.write(b"x")
+            trial.flush()
+            os.fdatasync(trial.fileno())
+        free = os.statvfs(nearest)
+    except OSError as error:
+        return OwnCheck(
+            "audit directory",
+            False,
+            f"{directory}: {error.strerror}",
+            "as root, on a file system that is writable and not full; or set audit.directory",
+        )
+    made = "writable" if nearest == directory else f"can be made in {nearest}"
+    return OwnCheck(
+        "audit directory", True, f"{directory}: {made}, {output.size(free.f_bavail * free.f_frsize)} free"
+    )
