@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import click
 
-from sidecar import __version__
 from sidecar.cli import output
 from sidecar.errors import SidecarError
 
@@ -31,18 +30,6 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "why": ("sidecar.cli.why:why", "Why a statement or request was refused, and what to do."),
     "collector": ("sidecar.cli.collector:collector", "The upstream: ingest, store, web pages, API."),
 }
-
-
-class _Failure(click.ClickException):
-    """A SidecarError on its way to the shell."""
-
-    def __init__(self, error: SidecarError) -> None:
-        super().__init__(error.message if not str(error) else str(error))
-        self.hint = error.hint
-        self.exit_code = error.exit_code
-
-    def show(self, file: Any = None) -> None:
-        output.error(self.message, self.hint)
 
 
 class RootGroup(click.Group):
@@ -66,11 +53,12 @@ class RootGroup(click.Group):
         try:
             return super().invoke(ctx)
         except SidecarError as error:
-            raise _Failure(error) from error
+            output.error(str(error), error.hint)
+            ctx.exit(error.exit_code)
 
 
 @click.group(cls=RootGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, "--version", message="sidecar %(version)s")
+@click.version_option(None, "--version", package_name="host-sidecar", message="sidecar %(version)s")
 def cli() -> None:
     """Steers the connections of unchanged scripts into a local inspector that knows who connected, judges, masks and
     records."""
