@@ -1,11 +1,12 @@
-"""The process of `sidecar exec` that the caller's shell sees: it runs the command and keeps terminal and signals.
+"""The process of `sidecar exec` that the caller's shell sees: it runs the command and keeps terminal and
+signals.
 
-Owns: the fork of the command (cgroup first, then identity, then exec), what happens to each signal, stopping and
-continuing together with the command, and the exit status. Holds no policy and no kernel state; it starts before them and
-ends after them. See `launch` for the other half.
+Owns: the fork of the command (cgroup first, then identity, then exec), what happens to each signal, stopping
+and continuing together with the command, and the exit status. Holds no policy and no kernel state; it starts
+before them and ends after them. See `launch` for the other half.
 
-Why a process of its own: the terminal sends Ctrl-C and Ctrl-Z to the whole process group. The command has to get them as
-if it were not wrapped, and the inspector must never be stopped by them.
+Why a process of its own: the terminal sends Ctrl-C and Ctrl-Z to the whole process group. The command has to
+get them as if it were not wrapped, and the inspector must never be stopped by them.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def say(text: str) -> None:
 
 
 class Front:
-    """Runs until the command and the inspector have ended. `inspector_pid` is our child; None where it is our parent."""
+    """Runs until the command and the inspector have ended. `inspector_pid` is our child; None where it is our
+    parent."""
 
     def __init__(
         self,
@@ -134,8 +136,8 @@ class Front:
         self._mirrors_stops = _has_job_control()
 
     def run(self) -> int:
-        """Returns the exit status; dies of SIGINT itself where the command did and the keyboard sent it to both, so
-        that a calling script stops as it would have without us."""
+        """Returns the exit status; dies of SIGINT itself where the command did and the keyboard sent it to
+        both, so that a calling script stops as it would have without us."""
         while not self._finished():
             watched: list[int | socket.socket] = [self._signals]
             if not self._inspector_gone:
@@ -189,7 +191,8 @@ class Front:
             self._pass_on(number, from_terminal=code == SI_KERNEL)
 
     def _pass_on(self, number: int, *, from_terminal: bool) -> None:
-        """What the terminal sends, the command has got as well: it is in our process group. The rest was for us alone."""
+        """What the terminal sends, the command has got as well: it is in our process group. The rest was for
+        us alone."""
         assert self._child is not None
         if number == signal.SIGCONT:
             self._continue_child()
@@ -290,7 +293,8 @@ def _spawn(launch: Launch, mask: set[int]) -> tuple[int, str, int]:
 
 
 def _become(launch: Launch, mask: set[int], report: int) -> None:
-    """In the child: never returns. Until exec nothing of the command has run, and by then it is in its cgroup."""
+    """In the child: never returns. Until exec nothing of the command has run, and by then it is in its
+    cgroup."""
     stage = "joining the cgroup"
     try:
         with open(Path(launch.cgroup) / "cgroup.procs", "wb", buffering=0) as members:

@@ -1,8 +1,8 @@
 """Who really runs `sidecar exec`: plain root, or the person behind sudo, with the environment they had.
 
-sudo replaces the environment, so the caller's own is read from the nearest sudo process above us. What was set on top
-of it on purpose (`sudo NAME=value …`, or by a script that sudo runs) wins, except for the names that describe the target
-user of sudo and not the caller.
+sudo replaces the environment, so the caller's own is read from the nearest sudo process above us. What was
+set on top of it on purpose (`sudo NAME=value …`, or by a script that sudo runs) wins, except for the names
+that describe the target user of sudo and not the caller.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class InvokingUser:
 def invoking_user(environ: Mapping[str, str] | None = None) -> InvokingUser:
     """The caller. `environ` stands for our own environment (`os.environ`).
 
-    Only root is believed about `SUDO_UID`: anybody else is just who they are. Raises ControlError where sudo's
-    variables are not numbers.
+    Only root is believed about `SUDO_UID`: anybody else is just who they are. Raises ControlError where
+    sudo's variables are not numbers.
     """
     own = dict(os.environ if environ is None else environ)
     uid_text = own.get("SUDO_UID", "")
@@ -72,7 +72,8 @@ def invoking_user(environ: Mapping[str, str] | None = None) -> InvokingUser:
 def merge_environment(
     before: Mapping[str, str] | None, own: Mapping[str, str], *, name: str, home: str, shell: str
 ) -> dict[str, str]:
-    """The caller's environment `before` sudo (None: unknown), with what was set on purpose since, from our `own`."""
+    """The caller's environment `before` sudo (None: unknown), with what was set on purpose since, from our
+    `own`."""
     kept = {
         key: value
         for key, value in own.items()

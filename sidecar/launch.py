@@ -1,16 +1,19 @@
-"""The inspector's half of `sidecar exec`: it asks the front to run the command, and ends what the command leaves behind.
+"""The inspector's half of `sidecar exec`: it asks the front to run the command, and ends what the command
+leaves behind.
 
-Two processes share the work. The *front* (`sidecar.front`) is the process that the caller's shell started; it keeps the
-terminal, the process group, the descriptors and the signals, and is the parent of the command. The *inspector* is forked
-off before anything else happens, into a session of its own. They speak over a socket pair:
+Two processes share the work. The *front* (`sidecar.front`) is the process that the caller's shell started; it
+keeps the terminal, the process group, the descriptors and the signals, and is the parent of the command. The
+*inspector* is forked off before anything else happens, into a session of its own. They speak over a socket
+pair:
 
     inspector → front   Launch     argv, cgroup, identity, environment
     front → inspector   Started    the command's pid, or why it could not be run
     front → inspector   Ended      the command's exit status
     (either side gone)  end of file
 
-Where the front dies, the command is ended: it may not go on unsteered. Where the inspector dies, the command's
-connections are refused by the kernel, and once it has ended the front removes what the inspector left behind.
+Where the front dies, the command is ended: it may not go on unsteered. Where the inspector dies, the
+command's connections are refused by the kernel, and once it has ended the front removes what the inspector
+left behind.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ _channel: socket.socket | None = None
 
 
 def split() -> int | None:
-    """Fork. In the inspector: returns None; go on, call `launch`, then exit. In the front: returns the exit status, once
-    everything has ended. To be called early, while there is one thread.
+    """Fork. In the inspector: returns None; go on, call `launch`, then exit. In the front: returns the exit
+    status, once everything has ended. To be called early, while there is one thread.
     """
     global _channel
     ours, theirs = socket.socketpair()
@@ -68,10 +71,11 @@ async def launch(
     user: InvokingUser,
     extra_env: Mapping[str, str],
 ) -> int:
-    """Run the command in `job_cgroup` as `user` and wait for it; returns its exit status (125, 126, 127 as env(1)).
+    """Run the command in `job_cgroup` as `user` and wait for it; returns its exit status (125, 126, 127 as
+    env(1)).
 
-    `extra_env` is for variables that the person has not set. Cancelling ends the command. On return nothing is left in
-    the cgroup.
+    `extra_env` is for variables that the person has not set. Cancelling ends the command. On return nothing
+    is left in the cgroup.
     """
     channel, front_pid = (_channel, None) if _channel else _start_front()
     channel.setblocking(False)
@@ -152,13 +156,14 @@ async def _end_leftovers(cgroup: Path) -> None:
 
 
 def _ending(cgroup: Path) -> Iterator[float]:
-    """The steps of ending, each a pause in seconds. What `docker run` does when the main process ends, with a grace:
-    once `exec` has returned there is nobody to inspect what a process left behind would send."""
+    """The steps of ending, each a pause in seconds. What `docker run` does when the main process ends, with a
+    grace: once `exec` has returned there is nobody to inspect what a process left behind would send."""
     left = processes(cgroup)
     if not left:
         return
     say(
-        f"ending {len(left)} background {'process' if len(left) == 1 else 'processes'} of the command: {_names(left)}"
+        f"ending {len(left)} background {'process' if len(left) == 1 else 'processes'} of the command: "
+        f"{_names(left)}"
     )
     deadline = time.monotonic() + LEFTOVER_GRACE_S
     for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process acts on nothing else

@@ -1,16 +1,16 @@
 """The life of a hold, as a pure state machine (design, section 2, `approve:`).
 
-Owns: which holds wait, who may decide them, that a decision is made once, and that an approval releases one text once.
-Must not: read a clock (`now_ns` is passed in, ns since the epoch), talk to a worker, write a record. The caller does so
-with the `Grant` that each method returns.
+Owns: which holds wait, who may decide them, that a decision is made once, and that an approval releases one
+text once. Must not: read a clock (`now_ns` is passed in, ns since the epoch), talk to a worker, write a
+record. The caller does so with the `Grant` that each method returns.
 
 Theory of operation
 -------------------
-A session parks a statement and asks for a hold. A hold is made for one *digest* (SHA-256 over exact text, parameters,
-target and principal) and has one deadline. It leaves `pending` exactly once, by whichever of four things comes first: an
-approval, a rejection, the deadline, or the client going away. An approval is not yet a release: `spend` is, and it
-succeeds once, only for the digest the hold was made for, and only while the deadline has not passed. So a second use, a
-changed text and a late release all fail.
+A session parks a statement and asks for a hold. A hold is made for one *digest* (SHA-256 over exact text,
+parameters, target and principal) and has one deadline. It leaves `pending` exactly once, by whichever of four
+things comes first: an approval, a rejection, the deadline, or the client going away. An approval is not yet a
+release: `spend` is, and it succeeds once, only for the digest the hold was made for, and only while the
+deadline has not passed. So a second use, a changed text and a late release all fail.
 
     state       decide(yes)  decide(no)  deadline  withdraw   spend(digest)
     ---------   -----------  ----------  --------  ---------  -------------------------------
@@ -20,8 +20,8 @@ changed text and a late release all fail.
     expired     refused      refused     -         -          refused
     withdrawn   refused      refused     -         -          refused
 
-`-`: no change (idempotent).  `*`: only while unspent; a spent approval is final.
-A decision at or after the deadline is refused even where `expire` has not run yet: time decides, not scheduling.
+`-`: no change (idempotent).  `*`: only while unspent; a spent approval is final. A decision at or after the
+deadline is refused even where `expire` has not run yet: time decides, not scheduling.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class GrantRefused(ControlError):
 class Decider:
     """Who decides, as the kernel says (SO_PEERCRED, SO_PEERGROUPS), never as they say.
 
-    `label` is what a trusted relay (the web page, running as root) says about the person behind it; it is shown, and
-    decides nothing.
+    `label` is what a trusted relay (the web page, running as root) says about the person behind it; it is
+    shown, and decides nothing.
     """
 
     name: str
@@ -210,7 +210,8 @@ class Grants:
         )
 
     def spend(self, hold_id: str, digest: str, now_ns: int) -> Grant:
-        """Release what was approved: succeeds once, for that digest, before the deadline. Raises GrantRefused otherwise."""
+        """Release what was approved: succeeds once, for that digest, before the deadline. Raises GrantRefused
+        otherwise."""
         grant = self.get(hold_id)
         if grant is None:
             raise self._not_pending(hold_id)
@@ -243,7 +244,8 @@ class Grants:
         return [done for hold_id in ids if (done := self.withdraw(hold_id, now_ns))]
 
     def expire(self, now_ns: int) -> list[Grant]:
-        """Move everything whose deadline has passed to `expired`, and return it, so that its sessions are told."""
+        """Move everything whose deadline has passed to `expired`, and return it, so that its sessions are
+        told."""
         late = [grant for grant in self if self._revocable(grant) and now_ns >= grant.expires_ns]
         return [self._finish(grant, GrantState.EXPIRED, now_ns) for grant in late]
 

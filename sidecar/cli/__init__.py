@@ -1,8 +1,8 @@
 """The command `sidecar`: the root group, one module a command group, loaded only when it is used.
 
-Every SidecarError ends here: its message and hint go to stderr, its `exit_code` to the shell.
-Exit codes: 0 done, 1 the checked thing does not hold, 2 usage or configuration, 3 a prerequisite is missing; `exec` has
-the command's own, and 125, 126, 127 as env(1).
+Every SidecarError ends here: its message and hint go to stderr, its `exit_code` to the shell. Exit codes: 0
+done, 1 the checked thing does not hold, 2 usage or configuration, 3 a prerequisite is missing; `exec` has the
+command's own, and 125, 126, 127 as env(1).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class RootGroup(click.Group):
 @click.group(cls=RootGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(None, "--version", package_name="host-sidecar", message="sidecar %(version)s")
 def cli() -> None:
-    """Steers the connections of unchanged scripts into a local inspector that knows who connected, judges, masks and
-    records."""
+    """Steers the connections of unchanged scripts into a local inspector that knows who connected, judges,
+    masks and records."""
     logging.basicConfig(format="sidecar: %(levelname)s: %(message)s", level=logging.WARNING)
 
 

@@ -20,7 +20,8 @@ reason_option = click.option("--reason", default="", help="Kept in the record an
 def approvals() -> None:
     """Statements that wait for a decision.
 
-    An approval covers exactly one text with its parameters, target and principal, once. A job cannot approve itself.
+    An approval covers exactly one text with its parameters, target and principal, once. A job cannot approve
+    itself.
     """
 
 

@@ -24,7 +24,8 @@ STOP_TIMEOUT_S: Final = 20.0
 @click.option("--dead", is_flag=True, help="Only what instances that no longer run have left behind.")
 @json_option
 def down(instance: str | None, dead: bool, as_json: bool) -> None:
-    """Remove every kernel trace: hooks, rules, maps, cgroups and run directories. Live agents are asked to stop first.
+    """Remove every kernel trace: hooks, rules, maps, cgroups and run directories. Live agents are asked to
+    stop first.
 
     Idempotent. Records stay.
     """

@@ -32,9 +32,9 @@ from sidecar.front import SETUP_FAILED
 def exec_(config_file: Path | None, policy_file: Path | None, command: tuple[str, ...]) -> None:
     """Run one command steered, no agent needed.
 
-    Exit status, stdin, terminal and signals are the command's. Everything is undone afterwards; processes that the
-    command leaves in the background are ended with it. 125: steering could not be set up; 126, 127: the command could
-    not be run.
+    Exit status, stdin, terminal and signals are the command's. Everything is undone afterwards; processes
+    that the command leaves in the background are ended with it. 125: steering could not be set up; 126, 127:
+    the command could not be run.
     """
     try:
         if os.geteuid() != 0:

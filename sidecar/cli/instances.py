@@ -18,7 +18,8 @@ json_option: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=Tr
 
 
 def live_instances(only: str | None = None) -> list[Instance]:
-    """All live instances, or the one that was asked for. Raises ControlError where that one does not answer."""
+    """All live instances, or the one that was asked for. Raises ControlError where that one does not
+    answer."""
     found = client.discover()
     if only is None:
         return found

@@ -1,6 +1,7 @@
 """How commands print: data on stdout, everything else on stderr, readable without colour.
 
-What comes from jobs (statements, paths, names) is untrusted: `plain` takes the terminal's control characters out of it.
+What comes from jobs (statements, paths, names) is untrusted: `plain` takes the terminal's control characters
+out of it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from sidecar.errors import PrerequisiteError
 def run(config_file: Path | None) -> None:
     """The agent in the foreground: steering, inspector, audit.
 
-    Stops on SIGTERM and SIGINT, reloads the policy on SIGHUP. Without `upstream` it also serves an embedded collector on
-    127.0.0.1:8420.
+    Stops on SIGTERM and SIGINT, reloads the policy on SIGHUP. Without `upstream` it also serves an embedded
+    collector on 127.0.0.1:8420.
     """
     from sidecar.config import load_config
 

@@ -49,11 +49,12 @@ def complaints(status: Status) -> list[str]:
         found.append("no worker runs")
     if not status.spool.ok:
         found.append(
-            f"new requests are blocked: {status.spool.blocked_reason or 'the audit spool is not writable'}"
+            "new requests are blocked: " + (status.spool.blocked_reason or "the audit spool is not writable")
         )
     if status.policy.error:
         found.append(
-            f"the policy file is broken, revision {status.policy.revision} stays in force: {status.policy.error}"
+            f"the policy file is broken, revision {status.policy.revision} stays in force: "
+            f"{status.policy.error}"
         )
     if not status.shipping.ok:
         found.append(f"records are not shipped: {status.shipping.error or 'the collector does not answer'}")
@@ -101,8 +102,8 @@ def describe(status: Status) -> list[str]:
         ),
         (
             "identity",
-            f"{'required' if identity.required else 'optional'}, {identity.verified} verified, {identity.failed} failed; "
-            f"issuers: {', '.join(identity.issuers) or 'none'}",
+            f"{'required' if identity.required else 'optional'}, {identity.verified} verified, "
+            f"{identity.failed} failed; issuers: {', '.join(identity.issuers) or 'none'}",
         ),
         (
             "audit",

@@ -165,8 +165,8 @@ def advice(record: dict[str, Any]) -> str:
         return f"it waits for a decision: sidecar approvals show {short_id(str(hold.get('id', '')))}"
     if rule == "identity.required":
         return (
-            "give the job a token that verifies (no token: set the variable or file that identity.sources names; "
-            "otherwise see the reason above)"
+            "give the job a token that verifies (no token: set the variable or file that identity.sources "
+            "names; otherwise see the reason above)"
         )
     match verdict.get("action"):
         case "deny":

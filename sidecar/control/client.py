@@ -55,7 +55,8 @@ def known_instances(directory: Path = protocol.RUN_DIRECTORY) -> list[str]:
 
 
 class ControlClient:
-    """One connection to one agent. Every method raises ControlError where it is refused, unanswered or not understood."""
+    """One connection to one agent. Every method raises ControlError where it is refused, unanswered or not
+    understood."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,7 +162,8 @@ def _convert(reply: Reply, type_: type[T]) -> T:
 
 
 class Approvals:
-    """The holds of all live instances. Implements the collector's `ApprovalsGateway` for the page of `sidecar run`."""
+    """The holds of all live instances. Implements the collector's `ApprovalsGateway` for the page of `sidecar
+    run`."""
 
     def __init__(self, directory: Path = protocol.RUN_DIRECTORY) -> None:
         self._directory = directory
@@ -174,7 +176,8 @@ class Approvals:
         return found
 
     def find(self, hold_id: str) -> HoldView:
-        """By its id, or by the end of it that people type. Raises ControlError where there is none, or more than one."""
+        """By its id, or by the end of it that people type. Raises ControlError where there is none, or more
+        than one."""
         return self._find(hold_id)[0]
 
     def decide_view(self, hold_id: str, approve: bool, *, by: str = "", reason: str = "") -> HoldView:

@@ -1,7 +1,8 @@
 """Who is on the other end of the control socket, and whether that is the job which waits for the decision.
 
-All facts come from the kernel: SO_PEERCRED and SO_PEERGROUPS as they were when the peer connected, SO_PEERPIDFD (Linux
-6.5; else pidfd_open at once) so that a reused pid is never taken for the peer, and procfs for ancestry.
+All facts come from the kernel: SO_PEERCRED and SO_PEERGROUPS as they were when the peer connected,
+SO_PEERPIDFD (Linux 6.5; else pidfd_open at once) so that a reused pid is never taken for the peer, and procfs
+for ancestry.
 """
 
 from __future__ import annotations
@@ -145,10 +146,11 @@ def kinship(
 ) -> str | None:
     """Why this peer may not decide a hold of `origin`, or None where it may. A job cannot approve itself.
 
-    Refused: a process inside a job's scope; the held process, its descendants, and whoever shares its session; whoever
-    shares its cgroup where that separates jobs (a service, a container, a CI job's slice). Where it does not (the
-    root, or a person's login), the held process's own unprivileged uid is refused as a whole: nothing else would tell
-    a forked-off part of the job from its owner. Root can always leave all of this; see docs/operations.md.
+    Refused: a process inside a job's scope; the held process, its descendants, and whoever shares its
+    session; whoever shares its cgroup where that separates jobs (a service, a container, a CI job's slice).
+    Where it does not (the root, or a person's login), the held process's own unprivileged uid is refused as a
+    whole: nothing else would tell a forked-off part of the job from its owner. Root can always leave all of
+    this; see docs/operations.md.
     """
     line = ancestry(peer.pid, proc)
     if not line or not peer.is_alive():

@@ -1,8 +1,8 @@
 """What crosses the control socket: shapes, framing, methods and bounds. No I/O.
 
-A frame is a 4-byte big-endian length and that many bytes of msgpack. A client sends a `Request` and reads one `Reply`, or,
-for a watching request, replies with `more` set until one without. Unknown fields are ignored on both sides, so that a
-command and an agent of neighbouring versions understand each other.
+A frame is a 4-byte big-endian length and that many bytes of msgpack. A client sends a `Request` and reads one
+`Reply`, or, for a watching request, replies with `more` set until one without. Unknown fields are ignored on
+both sides, so that a command and an agent of neighbouring versions understand each other.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ class ControlApi(Protocol):
         ...
 
     def is_steered(self, pid: int, cgroup: str) -> bool:
-        """Whether the process is inside a job's own scope (an `exec` of any instance). Not: steered by `scope: all`."""
+        """Whether the process is inside a job's own scope (an `exec` of any instance). Not: steered by
+        `scope: all`."""
         ...
 
     def held_origin(self, hold_id: str) -> Origin | None:

@@ -1,7 +1,9 @@
-"""The control socket's server: framing, bounds, and who may ask what. What is asked is answered by a `ControlApi`.
+"""The control socket's server: framing, bounds, and who may ask what. What is asked is answered by a
+`ControlApi`.
 
-The socket is open to every local user (0666), because whoever got an error may ask why; each request is authorised by
-what the kernel says about its peer. The directory above it can be traversed and not listed (0711).
+The socket is open to every local user (0666), because whoever got an error may ask why; each request is
+authorised by what the kernel says about its peer. The directory above it can be traversed and not listed
+(0711).
 """
 
 from __future__ import annotations
