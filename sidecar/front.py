@@ -229,6 +229,7 @@ class Front:
             pid, status = os.waitpid(self._inspector_pid, os.WNOHANG)
             if pid:
                 self._inspector_status = os.waitstatus_to_exitcode(status)
+                self._inspector_gone = True  # even where a process of its own holds the socket
                 if self._inspector_crashed() and self._child is not None and self._child_status is None:
                     say("the inspector died; connections of the command are refused from now on")
 

@@ -90,14 +90,18 @@ async def launch(
         environ={os.fsencode(key): os.fsencode(value) for key, value in environ.items()},
     )
     buffer = bytearray()
+    started = False
     try:
         await loop.sock_sendall(channel, frame(request))
         while (message := await _receive(channel, buffer)) is not None:
-            if isinstance(message, Started) and not message.pid:
-                return message.status
+            if isinstance(message, Started):
+                if not message.pid:
+                    return message.status
+                started = True
             if isinstance(message, Ended):
                 return message.status
-        say("the process that ran the command is gone: the command is ended")
+        if started:
+            say("the process that ran the command is gone")
         return FRONT_LOST
     except ConnectionError:
         return FRONT_LOST
@@ -162,7 +166,7 @@ def _ending(cgroup: Path) -> Iterator[float]:
     if not left:
         return
     say(
-        f"ending {len(left)} background {'process' if len(left) == 1 else 'processes'} of the command: "
+        f"ending {len(left)} {'process' if len(left) == 1 else 'processes'} that the command left behind: "
         f"{_names(left)}"
     )
     deadline = time.monotonic() + LEFTOVER_GRACE_S
@@ -209,6 +213,8 @@ def _clean_up_after_crash(job_cgroup: Path) -> None:
     """The inspector was killed: end what is left of the command, then remove the instance's kernel state."""
     end_leftovers(job_cgroup)
     instance = job_cgroup.parent.name
+    if job_cgroup.parent.parent.name != "sidecar":
+        return  # not one of an instance: nothing of ours to remove
     try:
         from sidecar.kernel.steering import remove_all
 

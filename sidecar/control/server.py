@@ -240,8 +240,9 @@ class ControlServer:
         operator = peer.decider().is_operator
         record = await self._api.why(record_id, 0 if operator else peer.uid)
         if record is None or not (operator or _uid_of(record) == peer.uid):
+            whose = "any job" if operator else user_name(peer.uid)
             raise ControlError(
-                f"no record {record_id[:60]} of {'any job' if operator else user_name(peer.uid)} is known here",
+                f"no record {record_id[:60]} of {whose} is known here",
                 hint="an id is the eight digits of the error message"
                 + ("" if operator else "; ask root for records of other users"),
             )
