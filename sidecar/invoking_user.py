@@ -44,7 +44,7 @@ def invoking_user(environ: Mapping[str, str] | None = None) -> InvokingUser:
     Only root is believed about `SUDO_UID`: anybody else is just who they are. Raises ControlError where
     sudo's variables are not numbers.
     """
-    own = dict(os.environ if environ is None else environ)
+    own = dict(environ) if environ is not None else _own_environment()
     uid_text = own.get("SUDO_UID", "")
     if os.geteuid() != 0 or not uid_text or uid_text == "0":
         return InvokingUser(_name(os.getuid()), os.getuid(), os.getgid(), tuple(os.getgroups()), own)
@@ -82,6 +82,18 @@ def merge_environment(
     identity = {"HOME": home, "LOGNAME": name, "USER": name, "SHELL": shell}
     path = {"PATH": own["PATH"]} if "PATH" in own else {}
     return {**identity, **path, **(before or {}), **kept}
+
+
+def _own_environment() -> dict[str, str]:
+    """Ours, without the LC_CTYPE that Python sets for itself in the C locale (PEP 538)."""
+    own = dict(os.environ)
+    try:
+        given = _parse_environ(Path("/proc/self/environ").read_bytes())
+    except OSError:
+        return own
+    if "LC_CTYPE" not in given:
+        own.pop("LC_CTYPE", None)
+    return own
 
 
 def _environment_before_sudo() -> dict[str, str] | None:

@@ -146,33 +146,46 @@ def kinship(
 ) -> str | None:
     """Why this peer may not decide a hold of `origin`, or None where it may. A job cannot approve itself.
 
-    Refused: a process inside a job's scope; the held process, its descendants, and whoever shares its
-    session; whoever shares its cgroup where that separates jobs (a service, a container, a CI job's slice).
-    Where it does not (the root, or a person's login), the held process's own unprivileged uid is refused as a
-    whole: nothing else would tell a forked-off part of the job from its owner. Root can always leave all of
-    this; see docs/operations.md.
+    Refused are: whoever is inside a job's scope; the held process and its descendants; and the held process's
+    job. What the job is, its cgroup says where that separates jobs (an `exec`, a service, a container):
+    nothing that it forks gets out of there without root. Where it does not (the root cgroup, a person's
+    login), the job is the session, and for unprivileged users the uid, since a fork can leave a session.
     """
     line = ancestry(peer.pid, proc)
     if not line or not peer.is_alive():
         return "the process that asks has ended, so nobody can say whose it is"
     if any(is_steered(process.pid, process.cgroup) for process in line):
         return "it comes from inside a steered job"
+    if any(process.pid == os.getpid() for process in line):
+        return None  # the agent's own child: the page, which authorises whoever is behind it
     if origin is None:
-        return None if peer.uid == 0 else "the origin of the held flow is unknown: only root may decide"
+        return None if peer.uid == 0 else "the origin of the held statement is unknown: only root may decide"
+    if any(process.pid == origin.tgid for process in line):
+        return "it descends from the process whose statement is held"
     held = read_process(origin.tgid, proc)
-    job_starts = {a.start_ticks: a.pid for a in origin.ancestors if a.pid == origin.tgid}
-    for process in line:
-        if process.pid == origin.tgid and job_starts.get(process.start_ticks, process.pid) == process.pid:
-            return "it descends from the process whose statement is held"
-        if held is not None and process.session == held.session and held.session != 0:
-            return "it shares a session with the process whose statement is held"
     cgroup = held.cgroup if held is not None and held.cgroup else origin.cgroup
     if separates_jobs(cgroup):
         if any(process.cgroup == cgroup or process.cgroup.startswith(cgroup + "/") for process in line):
             return f"it shares the cgroup {cgroup} with the process whose statement is held"
-    elif peer.uid != 0 and peer.uid == origin.uid:
+        return None
+    session = _session_of(held, origin, proc)
+    if session and any(process.session == session for process in line):
+        return "it shares a session with the process whose statement is held"
+    if peer.uid != 0 and peer.uid == origin.uid:
         return f"it runs as {user_name(peer.uid)}, like the process whose statement is held"
     return None
+
+
+def _session_of(held: ProcessFacts | None, origin: Origin, proc: Path) -> int:
+    """The held process's session; where it is gone (a child may keep its connection), its nearest living
+    ancestor's."""
+    if held is not None:
+        return held.session
+    for ancestor in origin.ancestors:
+        facts = read_process(ancestor.pid, proc)
+        if facts is not None and facts.start_ticks == ancestor.start_ticks:
+            return facts.session
+    return 0
 
 
 def separates_jobs(cgroup: str) -> bool:

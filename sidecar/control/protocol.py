@@ -243,8 +243,8 @@ class ControlApi(Protocol):
         ...
 
     def is_steered(self, pid: int, cgroup: str) -> bool:
-        """Whether the process is inside a job's own scope (an `exec` of any instance). Not: steered by
-        `scope: all`."""
+        """Whether the process is inside a job's own scope: an `exec` of any instance, or one of `scope:
+        {cgroups: …}`. Not: the cgroup root, where `scope: all` steers the approver's shell as well."""
         ...
 
     def held_origin(self, hold_id: str) -> Origin | None:

@@ -223,7 +223,7 @@ class ControlServer:
                 request,
                 why_not,
                 f"a job cannot approve itself: {why_not}",
-                hint="decide from a shell of your own, outside the job",
+                hint="decide from a login of your own, outside the job and its session",
             )
         if not may_decide(view.by, decider):
             wanted = " or ".join(view.by) or "sidecar"

@@ -258,7 +258,12 @@ def test_window_size_and_job_control_of_an_inner_shell(cgroup: Path) -> None:
         wait_until(lambda: "sleep" in [comm_of(pid) for pid in processes(cgroup)])
         tty.type("\x1a")
         tty.expect("Stopped")
-        tty.type("kill -9 %1; wait; exit 6\n")
+        tty.type("fg\n")
+        sleeper = next(pid for pid in processes(cgroup) if comm_of(pid) == "sleep")
+        wait_until(lambda: state_of(sleeper) == "S")
+        tty.type("\x03")
+        wait_until(lambda: sleeper not in processes(cgroup))
+        tty.type("exit 6\n")
         assert tty.wait() == 6
 
 
