@@ -1,0 +1,97 @@
+/* cgroup/connect4, cgroup/connect6: mark what is to be steered and note who dialled what.
+ * Returns 1 to go on, 0 to refuse with EPERM. */
+
+static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sidecar_origin *origin)
+{
+    struct sidecar_config *cfg = sidecar_config();
+    int zero = 0;
+    u64 *beat;
+    u32 port = origin->original.port;
+    u32 mark;
+    char nothing[4] = {};
+    struct sidecar_origin *kept;
+
+    if (!cfg)
+        return 1;
+    if (ctx->type != SIDECAR_SOCK_STREAM || !ports.lookup(&port) || sidecar_excluded(&origin->original))
+        return 1;
+    if (sidecar_not_ours(cfg->instance))
+        return 1;
+
+    sidecar_who(origin);
+    origin->cookie = bpf_get_socket_cookie(ctx);
+    origin->netns_cookie = bpf_get_netns_cookie(ctx);
+    mark = cfg->mark;
+
+    if (origin->netns_cookie != cfg->netns_cookie) {
+        /* No rule of ours stands in that namespace: marking would steer nothing. */
+        if (cfg->flags & SIDECAR_REFUSE_FOREIGN_NETNS) {
+            sidecar_tell(SIDECAR_EVENT_NETNS_REFUSED, 1, origin);
+            return 0;
+        }
+        sidecar_tell(SIDECAR_EVENT_NETNS_RECORDED, 0, origin);
+        return 1;
+    }
+
+    beat = heartbeat.lookup(&zero);
+    if (!beat || origin->ktime_ns > *beat + cfg->heartbeat_timeout_ns) {
+        if (cfg->flags & SIDECAR_FAIL_OPEN) {
+            sidecar_tell(SIDECAR_EVENT_FAIL_OPEN, 0, origin);
+            return 1;
+        }
+        sidecar_tell(SIDECAR_EVENT_STALE, 1, origin);
+        return 0;
+    }
+
+    if (!ctx->sk) {
+        sidecar_tell(SIDECAR_EVENT_MARK, 1, origin);
+        return 0;
+    }
+    if (origin->original.family == SIDECAR_AF_INET6 && origin->original.bytes[0] == 0xfe &&
+        (origin->original.bytes[1] & 0xc0) == 0x80) {
+        /* Scoped: the kernel binds the socket to a device after this hook, and a redirect would time out. */
+        sidecar_tell(SIDECAR_EVENT_LINK_LOCAL, 1, origin);
+        return 0;
+    }
+    if (ctx->sk->bound_dev_if &&
+        bpf_setsockopt(ctx, SIDECAR_SOL_SOCKET, SIDECAR_SO_BINDTODEVICE, nothing, sizeof(nothing))) {
+        sidecar_tell(SIDECAR_EVENT_DEVICE, 1, origin);
+        return 0;
+    }
+    if (bpf_setsockopt(ctx, SIDECAR_SOL_SOCKET, SIDECAR_SO_MARK, &mark, sizeof(mark))) {
+        sidecar_tell(SIDECAR_EVENT_MARK, 1, origin);
+        return 0;
+    }
+    kept = steered.sk_storage_get(ctx->sk, origin, BPF_SK_STORAGE_GET_F_CREATE);
+    if (!kept) {
+        sidecar_tell(SIDECAR_EVENT_MAP_FULL, 1, origin);
+        return 0;
+    }
+    *kept = *origin; /* a socket that connects again dials anew */
+    return 1;
+}
+
+int sidecar_connect4(struct bpf_sock_addr *ctx)
+{
+    struct sidecar_origin origin = {};
+
+    sidecar_set4(origin.original.bytes, ctx->user_ip4);
+    origin.original.port = bpf_ntohs((u16)ctx->user_port);
+    origin.original.family = SIDECAR_AF_INET;
+    return sidecar_connect(ctx, &origin);
+}
+
+int sidecar_connect6(struct bpf_sock_addr *ctx)
+{
+    struct sidecar_origin origin = {};
+    u32 words[4];
+
+    words[0] = ctx->user_ip6[0];
+    words[1] = ctx->user_ip6[1];
+    words[2] = ctx->user_ip6[2];
+    words[3] = ctx->user_ip6[3];
+    __builtin_memcpy(origin.original.bytes, words, 16);
+    origin.original.port = bpf_ntohs((u16)ctx->user_port);
+    origin.original.family = SIDECAR_AF_INET6;
+    return sidecar_connect(ctx, &origin);
+}

@@ -1,0 +1,3 @@
+struct pt_regs {
+    unsigned long unused;
+};

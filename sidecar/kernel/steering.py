@@ -1,0 +1,455 @@
+"""Steering of one instance: hooks, maps, table, heartbeat; and the removal of what dead instances left.
+
+Fails closed by construction: the hooks survive this process, and without a fresh heartbeat they refuse covered connections.
+State that `remove_all` needs after a crash is in /run/sidecar/<instance>/steering.json, root only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sidecar.errors import SidecarError, SteeringError
+from sidecar.kernel import abi, cgroups, loader, maps, nft
+from sidecar.kernel.ringbuf import EventReader
+from sidecar.model.flow import Address
+from sidecar.model.reasons import GapReason
+
+RUN_DIRECTORY: Final = Path("/run/sidecar")
+BPF_DIRECTORY: Final = RUN_DIRECTORY / "bpf"
+"""A bpffs of our own: hosts differ in whether /sys/fs/bpf is mounted, and in who may read it."""
+OWNERS_PIN: Final = BPF_DIRECTORY / "owners"
+STATE_FILE: Final = "steering.json"
+
+MARK_BASE: Final = 0x51DE0000
+"""The upper half of our marks; the lower half is of the instance. Other users of marks keep to low bits."""
+
+FLOW_MAX_AGE_S: Final = 60.0
+"""A connection that the listener has not asked about by then is forgotten: it is refused when it comes."""
+FLOW_SWEEP_S: Final = 10.0
+
+SO_NETNS_COOKIE: Final = 71
+
+
+def netns_cookie() -> int:
+    """The current network namespace's cookie (socket(7), SO_NETNS_COOKIE, Linux 5.14)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        except OSError as error:
+            raise SteeringError("this kernel has no network namespace cookies", hint="Linux 5.14 or newer is needed") from error
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringPlan:
+    """What to steer. `listen_port` is bound on 127.0.0.1 (and ::1) by the caller already."""
+
+    instance: str
+    scope_cgroups: tuple[Path, ...]
+    inspector_cgroup: Path
+    exclusive: bool
+    ports: tuple[int, ...]
+    exclude: tuple[str, ...]
+    listen_port: int
+    on_failure: str
+    foreign_netns: str
+    heartbeat_timeout_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOrigin:
+    """What the kernel noted at connect. `ktime_ns` is CLOCK_MONOTONIC."""
+
+    pid: int
+    tgid: int
+    uid: int
+    gid: int
+    comm: str
+    cgroup_id: int
+    netns_cookie: int
+    ktime_ns: int
+    cookie: int
+    original: Address
+
+
+@dataclass(frozen=True, slots=True)
+class KernelEvent:
+    reason: str
+    """A word of GapReason."""
+    detail: str
+    refused: bool
+    pid: int
+    tgid: int
+    uid: int
+    comm: str
+    cgroup_id: int
+    destination: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A change of our kernel state that somebody else made. `name` is `hook` or `table`."""
+
+    name: str
+    detail: str
+    repaired: bool
+
+
+def _origin(raw: abi.Origin) -> SocketOrigin:
+    return SocketOrigin(
+        pid=raw.pid,
+        tgid=raw.tgid,
+        uid=raw.uid,
+        gid=raw.gid,
+        comm=raw.comm.decode(errors="replace"),
+        cgroup_id=raw.cgroup_id,
+        netns_cookie=raw.netns_cookie,
+        ktime_ns=raw.ktime_ns,
+        cookie=raw.cookie,
+        original=raw.original.address(),
+    )
+
+
+def mount_bpf() -> None:
+    """A bpffs at /run/sidecar/bpf, root only. Idempotent."""
+    RUN_DIRECTORY.mkdir(mode=0o755, exist_ok=True)
+    BPF_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+    if not os.path.ismount(BPF_DIRECTORY):
+        done = subprocess.run(
+            ["mount", "-t", "bpf", "-o", "mode=0700", "sidecar", str(BPF_DIRECTORY)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise SteeringError(f"a BPF file system cannot be mounted: {done.stderr.strip()}", hint="sidecar doctor")
+
+
+@dataclass(slots=True)
+class _Attachment:
+    hook: str
+    cgroup: Path
+    program_id: int
+
+
+@dataclass(slots=True)
+class Steering:
+    """One instance. All methods but `take_origin` belong to one thread; `take_origin` may be called from another."""
+
+    plan: SteeringPlan
+    _fds: dict[str, int] = field(default_factory=dict)
+    _attached: list[_Attachment] = field(default_factory=list)
+    _table: nft.Table | None = None
+    _events: EventReader | None = None
+    _owned: list[int] = field(default_factory=list)
+    _swept: float = 0.0
+
+    @property
+    def mark(self) -> int:
+        return MARK_BASE | (int(self.plan.instance, 16) & 0xFFFF)
+
+    def start(self) -> None:
+        """Load, configure, protect the port, write the table, attach. On failure everything is undone and the error raised."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        remove_dead(except_for=self.plan.instance)
+
+    def _start(self) -> None:
+        plan = self.plan
+        mount_bpf()
+        self._fds = loader.load(OWNERS_PIN)
+        self._events = EventReader(self._fds["events"])
+        self._configure()
+        self._own(plan.inspector_cgroup, abi.ROLE_INSPECTOR)
+        if plan.exclusive:
+            for cgroup in plan.scope_cgroups:
+                self._own(cgroup, abi.ROLE_EXCLUSIVE)
+        self._table = nft.Table(plan.instance, self.mark, plan.listen_port)
+        self._save()
+        self._table.apply()
+        root = cgroups.cgroup2_mount()
+        self._attach("sidecar_bind4", root)
+        self._attach("sidecar_bind6", root)
+        for cgroup in plan.scope_cgroups:
+            # The guard stands before the first socket is marked.
+            for hook in ("sidecar_egress", "sidecar_sendmsg4", "sidecar_sendmsg6", "sidecar_connect4", "sidecar_connect6"):
+                self._attach(hook, cgroup)
+        self._save()
+
+    def _configure(self) -> None:
+        plan, fds = self.plan, self._fds
+        flags = abi.REFUSE_QUIC
+        if plan.on_failure == "open":
+            flags |= abi.FAIL_OPEN
+        if plan.foreign_netns == "refuse":
+            flags |= abi.REFUSE_FOREIGN_NETNS
+        zero = ctypes.c_uint32(0)
+        config = abi.Config(
+            netns_cookie=netns_cookie(),
+            instance=int(plan.instance, 16),
+            heartbeat_timeout_ns=int(plan.heartbeat_timeout_s * 1e9),
+            mark=self.mark,
+            flags=flags,
+            listen_port=plan.listen_port,
+        )
+        maps.update(fds["config"], zero, config, "configuring the hooks")
+        for port in plan.ports:
+            maps.update(fds["ports"], ctypes.c_uint32(port), ctypes.c_uint8(1), "the map of ports")
+        for text in plan.exclude:
+            network = ipaddress.ip_network(text, strict=False)
+            if isinstance(network, ipaddress.IPv4Network):
+                key4 = abi.Prefix4(prefixlen=network.prefixlen)
+                ctypes.memmove(key4.bytes, network.network_address.packed, 4)
+                maps.update(fds["exclude4"], key4, ctypes.c_uint8(1), "the map of exclusions")
+            else:
+                key6 = abi.Prefix6(prefixlen=network.prefixlen)
+                ctypes.memmove(key6.bytes, network.network_address.packed, 16)
+                maps.update(fds["exclude6"], key6, ctypes.c_uint8(1), "the map of exclusions")
+
+    def _own(self, cgroup: Path, role: int) -> None:
+        identifier = cgroups.identifier(cgroup)
+        owner = abi.Owner(instance=int(self.plan.instance, 16), role=role)
+        maps.update(self._fds["owners"], ctypes.c_uint64(identifier), owner, "the map of owners")
+        self._owned.append(identifier)
+
+    def _attach(self, hook: str, cgroup: Path) -> None:
+        program = self._fds[hook]
+        maps.attach(program, cgroup, maps.ATTACH_TYPES[hook])
+        self._attached.append(_Attachment(hook, cgroup, maps.program_info(program)[0]))
+        self._save()
+
+    def _save(self) -> None:
+        directory = RUN_DIRECTORY / self.plan.instance
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        state = {
+            "pid": os.getpid(),
+            "started": _start_ticks(os.getpid()),
+            "netns": os.readlink("/proc/self/ns/net"),
+            "table": nft.table_name(self.plan.instance),
+            "owned": self._owned,
+            "attached": [[a.hook, str(a.cgroup), a.program_id] for a in self._attached],
+        }
+        path = directory / STATE_FILE
+        temporary = path.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(state, file)
+        temporary.replace(path)
+
+    def beat(self) -> list[Drift]:
+        """Verify, repair what drifted, then write the heartbeat. Raises where it could not be repaired: no beat is written,
+        and new connections are refused."""
+        drifts = self.verify()
+        now = ctypes.c_uint64(time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+        maps.update(self._fds["heartbeat"], ctypes.c_uint32(0), now, "writing the heartbeat")
+        if time.monotonic() - self._swept > FLOW_SWEEP_S:
+            self._swept = time.monotonic()
+            self._sweep(now.value)
+        return drifts
+
+    def verify(self) -> list[Drift]:
+        """Compare hooks and table with what was written; repair."""
+        drifts: list[Drift] = []
+        for attachment in self._attached:
+            attach_type = maps.ATTACH_TYPES[attachment.hook]
+            if attachment.program_id in maps.attached_ids(attachment.cgroup, attach_type):
+                continue
+            if not attachment.cgroup.is_dir():
+                continue
+            maps.attach(self._fds[attachment.hook], attachment.cgroup, attach_type)
+            drifts.append(Drift("hook", f"{attachment.hook} was detached from {attachment.cgroup}", True))
+        assert self._table is not None
+        changes = self._table.differences()
+        if changes:
+            self._table.apply()
+            drifts += [Drift("table", change, True) for change in changes]
+        return drifts
+
+    def _sweep(self, now_ns: int) -> None:
+        for key in maps.keys(self._fds["flows"], abi.FlowKey):
+            origin = maps.lookup(self._fds["flows"], key, abi.Origin)
+            if origin is not None and now_ns - origin.ktime_ns > FLOW_MAX_AGE_S * 1e9:
+                maps.delete(self._fds["flows"], key)
+
+    def take_origin(self, peer: Address, local: Address) -> SocketOrigin | None:
+        """Who opened the connection that the listener sees as `peer` → `local`; each entry is given once."""
+        key = abi.flow_key(peer, local)
+        raw = maps.lookup(self._fds["flows"], key, abi.Origin)
+        if raw is None:
+            return None
+        maps.delete(self._fds["flows"], key)
+        return _origin(raw)
+
+    def drain_events(self) -> list[KernelEvent]:
+        """What the hooks have told since the last call."""
+        if self._events is None:
+            return []
+        found = []
+        for raw in self._events.drain():
+            reason, sentence = abi.EVENTS.get(raw.reason, (GapReason.REFUSED_BY_KERNEL, f"event {raw.reason}"))
+            origin = _origin(raw.origin)
+            found.append(
+                KernelEvent(
+                    reason=reason.value,
+                    detail=sentence,
+                    refused=bool(raw.refused),
+                    pid=origin.pid,
+                    tgid=origin.tgid,
+                    uid=origin.uid,
+                    comm=origin.comm,
+                    cgroup_id=origin.cgroup_id,
+                    destination=origin.original,
+                )
+            )
+        return found
+
+    def close(self) -> None:
+        """Leave no trace. Idempotent. Connect hooks go first, the guard last: nothing marked is left unguarded."""
+        for attachment in reversed(self._attached):
+            maps.detach(self._fds[attachment.hook], attachment.cgroup, maps.ATTACH_TYPES[attachment.hook])
+        self._attached.clear()
+        for identifier in self._owned:
+            maps.delete(self._fds["owners"], ctypes.c_uint64(identifier))
+        self._owned.clear()
+        if self._table is not None:
+            with contextlib.suppress(SidecarError):
+                self._table.delete()
+            self._table = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        for descriptor in self._fds.values():
+            os.close(descriptor)
+        self._fds = {}
+        _forget(self.plan.instance)
+        _unmount_if_unused()
+
+
+def _start_ticks(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _forget(instance: str) -> None:
+    directory = RUN_DIRECTORY / instance
+    (directory / STATE_FILE).unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _states() -> dict[str, dict[str, object]]:
+    found = {}
+    if not RUN_DIRECTORY.is_dir():
+        return {}
+    for path in RUN_DIRECTORY.glob(f"*/{STATE_FILE}"):
+        try:
+            found[path.parent.name] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found[path.parent.name] = {}
+    return found
+
+
+def _alive(state: dict[str, object]) -> bool:
+    pid = state.get("pid")
+    return isinstance(pid, int) and _start_ticks(pid) == state.get("started") != 0
+
+
+def _remaining(state: dict[str, object]) -> list[tuple[str, Path, int]]:
+    """Attachments of a recorded instance that still stand."""
+    rows = state.get("attached")
+    found = []
+    for hook, cgroup, program_id in rows if isinstance(rows, list) else []:
+        if program_id in maps.attached_ids(Path(cgroup), maps.ATTACH_TYPES.get(hook, -1)):
+            found.append((hook, Path(cgroup), program_id))
+    return found
+
+
+def traces(instance: str | None = None) -> list[str]:
+    """What is left in the kernel of this or of any instance: hooks, tables, cgroups."""
+    found = []
+    for name, state in _states().items():
+        if instance in (None, name):
+            found += [f"hook {hook} at {cgroup} (program {number})" for hook, cgroup, number in _remaining(state)]
+    found += [f"table inet {name}" for name in nft.tables() if instance in (None, name.removeprefix(nft.PREFIX))]
+    found += [f"cgroup {cgroups.instance_directory(name)}" for name in cgroups.instances() if instance in (None, name)]
+    return found
+
+
+def _remove(instance: str, state: dict[str, object]) -> list[str]:
+    removed = []
+    for hook, cgroup, program_id in sorted(_remaining(state), key=lambda row: row[0] == "sidecar_egress"):
+        program = maps.program_fd(program_id)
+        if program is None:
+            continue
+        try:
+            if maps.detach(program, cgroup, maps.ATTACH_TYPES[hook]):
+                removed.append(f"hook {hook} at {cgroup}")
+        finally:
+            os.close(program)
+    owners = maps.pinned(OWNERS_PIN)
+    if owners is not None:
+        try:
+            rows = state.get("owned")
+            for identifier in rows if isinstance(rows, list) else []:
+                maps.delete(owners, ctypes.c_uint64(identifier))
+        finally:
+            os.close(owners)
+    if nft.delete(nft.table_name(instance)):
+        removed.append(f"table inet {nft.table_name(instance)}")
+    removed += cgroups.remove(instance)
+    directory = RUN_DIRECTORY / instance
+    (directory / "control.sock").unlink(missing_ok=True)
+    _forget(instance)
+    return removed
+
+
+def remove_dead(*, except_for: str) -> list[str]:
+    """Remove what instances whose supervisor is gone have left; called after our own hooks stand.
+
+    Instances of another network namespace keep their table there: only their hooks can be removed from here.
+    """
+    removed = []
+    for instance, state in _states().items():
+        if instance != except_for and not _alive(state):
+            removed += _remove(instance, state)
+    return removed
+
+
+def remove_all(instance: str | None = None) -> list[str]:
+    """`sidecar down`: remove every trace of `instance`, or of all. Idempotent; also after SIGKILL. Names what it removed.
+
+    Live supervisors are asked to stop first by the caller; one that does not answer loses its hooks here.
+    """
+    removed = []
+    for name, state in _states().items():
+        if instance in (None, name):
+            removed += _remove(name, state)
+    for name in nft.tables():
+        if instance in (None, name.removeprefix(nft.PREFIX)) and nft.delete(name):
+            removed.append(f"table inet {name}")
+    for name in cgroups.instances():
+        if instance in (None, name):
+            removed += cgroups.remove(name)
+    _unmount_if_unused()
+    return removed
+
+
+def _unmount_if_unused() -> None:
+    """The bpffs and its map go with the last instance."""
+    if _states() or not os.path.ismount(BPF_DIRECTORY):
+        return
+    OWNERS_PIN.unlink(missing_ok=True)
+    subprocess.run(["umount", str(BPF_DIRECTORY)], capture_output=True, check=False)
+    with contextlib.suppress(OSError):
+        BPF_DIRECTORY.rmdir()
