@@ -1,0 +1,210 @@
+"""YAML documents to typed structs, with the line of every problem and the nearest valid name.
+
+PyYAML composes (so that positions are known), msgspec converts (so that types are strict). Sizes, depth and aliases are bounded:
+a document comes from an administrator, but a mistake must not hang the agent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+import yaml
+
+from sidecar.errors import ConfigurationError
+
+T = TypeVar("T")
+
+MAX_DOCUMENT_BYTES: Final = 1024 * 1024
+MAX_DEPTH: Final = 32
+MAX_NODES: Final = 100_000
+
+_SIZES: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "kib": 1024, "m": 10**6, "mb": 10**6, "mib": 2**20, "g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}  # fmt: skip
+_DURATIONS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+Lines = dict[tuple[str | int, ...], int]
+
+
+def parse_size(value: str | int) -> int:
+    """`1GiB`, `64 MiB`, `65536` → bytes. Raises ValueError."""
+    if isinstance(value, bool):
+        raise ValueError("a size is a number of bytes, such as 65536 or 1GiB")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("a size is not negative")
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if not match or match[2].lower() not in _SIZES:
+        raise ValueError(f"{value!r} is no size; write 65536, 64KiB or 1GiB")
+    return int(float(match[1]) * _SIZES[match[2].lower()])
+
+
+def parse_duration(value: str | int | float) -> float:
+    """`15m`, `500ms`, `1h`, `30` (seconds) → seconds. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value < 0:
+            raise ValueError("a duration is not negative")
+        return float(value)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\s*", str(value))
+    if not match:
+        raise ValueError(f"{value!r} is no duration; write 30s, 15m or 1h")
+    return float(match[1]) * _DURATIONS[match[2]]
+
+
+class _Reader:
+    """Builds plain data and remembers the line of every path."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.lines: Lines = {}
+        self.nodes = 0
+
+    def build(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        self.nodes += 1
+        line = node.start_mark.line + 1
+        self.lines.setdefault(path, line)
+        if len(path) > MAX_DEPTH or self.nodes > MAX_NODES:
+            raise ConfigurationError("the document is nested too deeply or is too large", file=self.file, line=line)
+        if isinstance(node, yaml.MappingNode):
+            found: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key_line = key_node.start_mark.line + 1
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise ConfigurationError("a key is a plain word", file=self.file, line=key_line)
+                key = self._scalar(key_node)
+                if key in found:
+                    raise ConfigurationError(f"`{key}` stands twice", file=self.file, line=key_line)
+                self.lines[(*path, key)] = key_line
+                found[key] = self.build(value_node, (*path, key))
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        loader = yaml.SafeLoader("")
+        try:
+            return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigurationError(f"this value cannot be read: {error}", file=self.file, line=node.start_mark.line + 1) from error
+        finally:
+            loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def read_document(text: str, file: str) -> tuple[Any, Lines]:
+    """Plain data and the line (from 1) of each path. Raises ConfigurationError."""
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise ConfigurationError(f"the document is larger than {MAX_DOCUMENT_BYTES} bytes", file=file)
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigurationError("aliases (*name) are not used here; write the value out", file=file)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigurationError(f"not YAML: {problem}", file=file, line=mark.line + 1 if mark else None) from error
+    except RecursionError as error:
+        raise ConfigurationError("the document is nested too deeply", file=file) from error
+    if node is None:
+        return {}, {(): 1}
+    reader = _Reader(file)
+    return reader.build(node, ()), reader.lines
+
+
+def _path_of(message: str) -> tuple[tuple[str | int, ...], str]:
+    """msgspec's ` - at `$.a.b[0]`` as a path, and the message without it."""
+    match = re.search(r" - at `(?:key in )?\$([^`]*)`$", message)
+    if not match:
+        return (), message
+    parts: list[str | int] = []
+    for name, index, wild in re.findall(r"\.([^.\[]+)|\[(\d+)\]|(\[\.\.\.\])", match[1]):
+        parts.append(name or (int(index) if index else wild))
+    return tuple(parts), message[: match.start()]
+
+
+def _line_of(lines: Lines, path: tuple[str | int, ...]) -> int:
+    known = tuple(part for part in path)
+    while known:
+        if known in lines:
+            return lines[known]
+        known = known[:-1]
+    return lines.get((), 1)
+
+
+def _field_names(type_: Any, path: tuple[str | int, ...]) -> list[str]:
+    """Field names of the struct at `path` inside `type_`, for suggestions."""
+    names: set[str] = set()
+    pending: list[tuple[Any, tuple[str | int, ...]]] = [(msgspec.inspect.type_info(type_), path)]
+    while pending:
+        info, rest = pending.pop()
+        if isinstance(info, msgspec.inspect.UnionType):
+            pending += [(option, rest) for option in info.types]
+        elif isinstance(info, msgspec.inspect.StructType):
+            if not rest:
+                names.update(item.encode_name for item in info.fields)
+            pending += [(item.type, rest[1:]) for item in info.fields if rest and item.encode_name == rest[0]]
+        elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and rest:
+            pending.append((info.item_type, rest[1:]))
+        elif isinstance(info, msgspec.inspect.DictType) and rest:
+            pending.append((info.value_type, rest[1:]))
+    return sorted(names)
+
+
+def nearest(word: str, valid: list[str]) -> str | None:
+    """The closest valid name, or None."""
+    found = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def load_document(text: str, file: str, type_: type[T]) -> T:
+    """Parse and convert. Every problem is a ConfigurationError with file, line and, for names, the nearest valid one."""
+    data, lines = read_document(text, file)
+    try:
+        return msgspec.convert(data, type_)
+    except msgspec.ValidationError as error:
+        path, message = _path_of(str(error))
+        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
+        if unknown:
+            word = unknown[1]
+            near = nearest(word, _field_names(type_, path))
+            line = _line_of(lines, (*path, word))
+            raise ConfigurationError(
+                f"`{word}` is not known here",
+                file=file,
+                line=line,
+                path=".".join(map(str, (*path, word))),
+                hint=f"did you mean `{near}`?" if near else "valid names: " + ", ".join(_field_names(type_, path)),
+            ) from error
+        hint = None
+        enum = re.fullmatch(r"Invalid enum value '(.*)'", message)
+        if enum:
+            options = _options(type_, path)
+            near = nearest(enum[1], options)
+            message = f"'{enum[1]}' is not valid here"
+            hint = f"did you mean '{near}'?" if near else "valid: " + ", ".join(options)
+        where = ".".join(map(str, path))
+        raise ConfigurationError(
+            f"{where}: {message}" if where else message, file=file, line=_line_of(lines, path), path=where, hint=hint
+        ) from error
+
+
+def _options(type_: Any, path: tuple[str | int, ...]) -> list[str]:
+    """Literal values allowed at `path`."""
+    found: set[str] = set()
+    pending: list[tuple[Any, tuple[str | int, ...]]] = [(msgspec.inspect.type_info(type_), path)]
+    while pending:
+        info, rest = pending.pop()
+        if isinstance(info, msgspec.inspect.UnionType):
+            pending += [(option, rest) for option in info.types]
+        elif isinstance(info, msgspec.inspect.StructType) and rest:
+            pending += [(item.type, rest[1:]) for item in info.fields if item.encode_name == rest[0]]
+        elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and rest:
+            pending.append((info.item_type, rest[1:]))
+        elif isinstance(info, msgspec.inspect.DictType) and rest:
+            pending.append((info.value_type, rest[1:]))
+        elif isinstance(info, msgspec.inspect.LiteralType) and not rest:
+            found.update(str(value) for value in info.values)
+    return sorted(found)
