@@ -22,6 +22,7 @@ DEFAULT_FILE: Final = Path("/etc/sidecar/sidecar.yaml")
 DEFAULT_AUDIT_DIRECTORY: Final = Path("/var/lib/sidecar/audit")
 DEFAULT_PORTS: Final = {5432: "postgres", 80: "auto", 443: "auto", 8080: "auto"}
 DEFAULT_EXCLUDE: Final = ("169.254.0.0/16",)
+DEFAULT_ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 MAX_SECRET_BYTES: Final = 65_536
 MAX_PORTS: Final = 1024
 
@@ -54,14 +55,14 @@ class SecretFile(Struct, frozen=True):
 
 
 class CgroupScope(Struct, frozen=True):
-    cgroups: list[str]
+    cgroups: tuple[str, ...]
 
 
 class SteeringDocument(Struct, frozen=True):
     scope: Literal["all", "exec"] | CgroupScope = "all"
     containers: bool = True
     ports: dict[int, ProtocolName] = msgspec.field(default_factory=lambda: dict(DEFAULT_PORTS))  # type: ignore[arg-type]
-    exclude: list[str] = list(DEFAULT_EXCLUDE)
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     decrypt: Literal["declared", "all"] = "declared"
     on_failure: Literal["closed", "open"] = "closed"
 
@@ -81,9 +82,9 @@ class SourceDocument(Struct, frozen=True):
 
 class IssuerDocument(Struct, frozen=True):
     issuer: str
-    audience: str | list[str]
+    audience: str | tuple[str, ...]
     jwks: str
-    algorithms: list[str] = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+    algorithms: tuple[str, ...] = DEFAULT_ALGORITHMS
     leeway: str | int = "30s"
 
 
@@ -103,8 +104,8 @@ class AttachDocument(Struct, frozen=True):
 
 class IdentityDocument(Struct, frozen=True):
     required: bool = False
-    sources: list[SourceDocument] = []
-    issuers: list[IssuerDocument] = []
+    sources: tuple[SourceDocument, ...] = ()
+    issuers: tuple[IssuerDocument, ...] = ()
     attach: AttachDocument = AttachDocument()
     max_age: str | int | None = None
 
@@ -153,7 +154,7 @@ class MasksDocument(Struct, frozen=True):
 class ConfigurationDocument(Struct, frozen=True):
     steering: SteeringDocument = SteeringDocument()
     identity: IdentityDocument = IdentityDocument()
-    targets: list[TargetDocument] = []
+    targets: tuple[TargetDocument, ...] = ()
     policy: str | None = None
     audit: AuditDocument = AuditDocument()
     upstream: UpstreamDocument | None = None
