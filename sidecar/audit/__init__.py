@@ -1,0 +1,1 @@
+"""Records on disk: encoding, chain, signatures, spool, shipping, verification. The formats are in docs/audit.md."""
