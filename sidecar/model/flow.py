@@ -49,6 +49,8 @@ class Target:
     tls_mode: str | None = None
     tls_ca: str | None = None
     pooler: str | None = None
+    unresolved: tuple[str, ...] = ()
+    """Names that rules or targets use and that do not resolve at the moment: they may be this address."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,8 +128,8 @@ class SqlFacts:
     """What the tree says that a session needs."""
 
     statements: tuple[str, ...] = ()
-    sets_reserved_setting: bool = False
-    """SET, RESET, set_config or the like of the reserved setting, or a form that could hide one."""
+    settings: tuple[str, ...] = ()
+    """Settings that are SET, RESET or given to set_config, lower case; `*` for all, or for one that cannot be known."""
     may_change_catalog: bool = False
     """DDL, or something opaque that may hold DDL: catalog facts have to be refreshed."""
     transaction_control: bool = False

@@ -124,6 +124,7 @@ class FlowResolver:
                 host_source="resolved" if names else "address",
                 protocol=protocol,
                 names=names,
+                unresolved=self._names.unresolved(),
             )
         exact = declared.host if declared.host in names else names[0] if names else original.host
         return Target(
@@ -136,6 +137,7 @@ class FlowResolver:
             tls_mode=declared.tls.mode if declared.tls else None,
             tls_ca=str(declared.tls.ca) if declared.tls and declared.tls.ca else None,
             pooler=declared.pooler,
+            unresolved=self._names.unresolved(),
         )
 
     def _tls_key(self, origin: Any, original: Address) -> tuple[int, str, Address]:

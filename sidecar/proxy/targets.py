@@ -60,3 +60,9 @@ class NameBook:
         """All watched names that resolved to `address`, sorted."""
         with self._lock:
             return tuple(sorted(self._seen.get(address, ())))
+
+    def unresolved(self) -> tuple[str, ...]:
+        """Watched names that have no address at the moment."""
+        with self._lock:
+            known = {name for names in self._seen.values() for name in names}
+            return tuple(sorted(self._names - known))

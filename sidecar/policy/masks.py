@@ -1,0 +1,336 @@
+"""Masks: strategies on values, and the plan that says which value gets which.
+
+What a type cannot hold becomes NULL, never an error in the client: only text-like PostgreSQL types take a masked text.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import re2
+
+from sidecar.model.verdict import ValueMask
+
+REDACTED: Final = "[redacted]"
+TEXT_OIDS: Final = frozenset({0, 18, 19, 25, 705, 1042, 1043})
+"""unknown-to-us, "char" (too short: see below), name, text, unknown, bpchar, varchar (pg_type.dat)."""
+_TAKES_TEXT: Final = frozenset({19, 25, 705, 1042, 1043})
+HASH_CHARS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyMask:
+    """One strategy under the name of its rule. `transform` None: NULL."""
+
+    rule: str
+    name: str
+    transform: Callable[[str], str] | None
+
+    def apply_text(self, value: bytes, type_oid: int) -> bytes | None:
+        if self.transform is None or type_oid not in _TAKES_TEXT:
+            return None
+        return self.transform(value.decode("utf-8", "replace")).encode()
+
+    def apply_str(self, value: str) -> str | None:
+        return None if self.transform is None else self.transform(value)
+
+
+def strategy(rule: str, spec: Any, hash_key: bytes | None) -> StrategyMask:
+    """From the document's form: `redact`, null, `hash`, `{keep_last: n}`, `{constant: v}`. Raises ValueError."""
+    if spec is None or spec == "null":
+        return StrategyMask(rule, "null", None)
+    if spec == "redact":
+        return StrategyMask(rule, "redact", lambda value: REDACTED)
+    if spec == "hash":
+        if hash_key is None:
+            raise ValueError("`hash` needs masks.hash_key in the configuration")
+        key = hash_key
+        return StrategyMask(
+            rule, "hash", lambda value: hmac.new(key, value.encode(), hashlib.sha256).hexdigest()[:HASH_CHARS]
+        )
+    if isinstance(spec, dict) and len(spec) == 1:
+        ((name, argument),) = spec.items()
+        if name == "keep_last" and isinstance(argument, int) and not isinstance(argument, bool) and 0 <= argument <= 1000:
+            count = argument
+            return StrategyMask(rule, "keep_last", lambda value: _keep_last(value, count))
+        if name == "constant" and isinstance(argument, str | int):
+            text = str(argument)
+            return StrategyMask(rule, "constant", lambda value: text)
+    raise ValueError(f"{spec!r} is no mask; valid: redact, null, hash, {{keep_last: n}}, {{constant: v}}")
+
+
+def _keep_last(value: str, count: int) -> str:
+    """A value no longer than what is kept is hidden whole."""
+    if count == 0 or len(value) <= count:
+        return "*" * max(len(value), 1)
+    return "*" * (len(value) - count) + value[-count:]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnPattern:
+    """`[schema.]table.column` or `column`, right-aligned; `*` in each part."""
+
+    schema: str
+    table: str
+    column: str
+    mask: StrategyMask
+
+    def matches(self, schema: str | None, table: str | None, column: str) -> bool:
+        return (
+            _part(self.column, column)
+            and (table is None or _part(self.table, table))
+            and (schema is None or _part(self.schema, schema))
+        )
+
+
+def _part(pattern: str, value: str) -> bool:
+    return pattern == "*" or pattern == value or fnmatch.fnmatchcase(value.lower(), pattern.lower())
+
+
+def column_pattern(text: str, mask: StrategyMask) -> ColumnPattern:
+    """Raises ValueError."""
+    parts = text.split(".")
+    if not 1 <= len(parts) <= 3 or not all(parts):
+        raise ValueError(f"{text!r} is no column pattern; write column, table.column or schema.table.column")
+    padded = ["*"] * (3 - len(parts)) + parts
+    return ColumnPattern(padded[0], padded[1], padded[2], mask)
+
+
+_STEP: Final = re.compile(r"\.\.([\w-]+|\*)|\.([\w-]+|\*)|\[\*\]|\[(\d+)\]|\['([^']+)'\]")
+
+
+@dataclass(frozen=True, slots=True)
+class JsonPattern:
+    """Steps: a name, an index, `*` (any member or item) or `..` before a name (any depth)."""
+
+    steps: tuple[tuple[str, Any], ...]
+    mask: StrategyMask
+
+
+def json_pattern(text: str, mask: StrategyMask) -> JsonPattern:
+    """`$.a.b[*].c`, `$..name`, `$['a b'][0]`. Raises ValueError."""
+    if not text.startswith("$"):
+        raise ValueError(f"{text!r} is no JSON path: it begins with $")
+    steps: list[tuple[str, Any]] = []
+    offset = 1
+    while offset < len(text):
+        match = _STEP.match(text, offset)
+        if not match:
+            raise ValueError(f"{text!r} is no JSON path that is supported: names, [*], [n], ['name'] and ..name are")
+        deep, name, index, quoted = match.groups()
+        if deep:
+            steps.append(("deep", deep))
+        elif name:
+            steps.append(("any", None) if name == "*" else ("name", name))
+        elif index is not None:
+            steps.append(("index", int(index)))
+        elif quoted is not None:
+            steps.append(("name", quoted))
+        else:
+            steps.append(("any", None))
+        offset = match.end()
+    if not steps:
+        raise ValueError("`$` alone masks nothing")
+    return JsonPattern(tuple(steps), mask)
+
+
+def _mask_json(node: Any, steps: tuple[tuple[str, Any], ...], mask: StrategyMask) -> tuple[Any, bool]:
+    if not steps:
+        return _mask_value(node, mask)
+    (kind, argument), rest = steps[0], steps[1:]
+    if isinstance(node, dict):
+        changed, found = False, dict(node)
+        for key, value in node.items():
+            if kind == "any" or (kind == "name" and key == argument) or (kind == "deep" and argument in ("*", key)):
+                found[key], touched = _mask_json(found[key], rest, mask)
+                changed |= touched
+            if kind == "deep":
+                found[key], touched = _mask_json(found[key], steps, mask)
+                changed |= touched
+        return (found, True) if changed else (node, False)
+    if isinstance(node, list):
+        changed, items = False, list(node)
+        for index, value in enumerate(node):
+            if kind == "any" or (kind == "index" and index == argument):
+                items[index], touched = _mask_json(value, rest, mask)
+                changed |= touched
+            elif kind == "deep":
+                items[index], touched = _mask_json(value, steps, mask)
+                changed |= touched
+        return (items, True) if changed else (node, False)
+    return node, False
+
+
+def _mask_value(node: Any, mask: StrategyMask) -> tuple[Any, bool]:
+    """Strings are masked; numbers and booleans, which cannot hold a mask, become null; objects and lists are masked whole."""
+    if node is None:
+        return None, False
+    if isinstance(node, str):
+        return mask.apply_str(node), True
+    if isinstance(node, dict):
+        return {key: _mask_value(value, mask)[0] for key, value in node.items()}, True
+    if isinstance(node, list):
+        return [_mask_value(value, mask)[0] for value in node], True
+    return None, True
+
+
+def _luhn(text: str) -> bool:
+    digits = [int(char) for char in text if char.isdigit()]
+    total = sum(digits[-1::-2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
+    return 13 <= len(digits) <= 19 and total % 10 == 0
+
+
+def _iban(text: str) -> bool:
+    compact = text.replace(" ", "")
+    rotated = compact[4:] + compact[:4]
+    return int("".join(str(int(char, 36)) for char in rotated)) % 97 == 1
+
+
+DETECTORS: Final[Mapping[str, tuple[str, Callable[[str], bool] | None]]] = {
+    "credit_card": (r"\b\d(?:[ -]?\d){12,18}\b", _luhn),
+    "us_ssn": (r"\b\d{3}-\d{2}-\d{4}\b", None),
+    "email": (r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{1,253}\.[A-Za-z]{2,24}\b", None),
+    "iban": (r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _iban),
+    "phone": (r"\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}\b", None),
+    "ip": (r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b", None),
+    "jwt": (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*", None),
+    "private_key": (r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\z)", None),
+    "aws_key": (r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", None),
+}
+"""Name → (RE2 pattern, check). RE2 has no catastrophic patterns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    pattern: Any
+    check: Callable[[str], bool] | None
+    mask: StrategyMask
+
+    def apply(self, text: str) -> str:
+        def replace(match: Any) -> str:
+            found = str(match.group(0))
+            if self.check is not None and not self.check(found):
+                return found
+            return self.mask.apply_str(found) or ""
+
+        return str(self.pattern.sub(replace, text))
+
+
+def detector(name: str, mask: StrategyMask) -> Detector:
+    """Raises KeyError."""
+    pattern, check = DETECTORS[name]
+    return Detector(re2.compile(pattern), check, mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """model.verdict.MaskPlan: the masks of all matching rules, in their order."""
+
+    columns: tuple[ColumnPattern, ...] = ()
+    json: tuple[JsonPattern, ...] = ()
+    headers: tuple[tuple[str, StrategyMask], ...] = ()
+    detectors: tuple[Detector, ...] = ()
+    rules: tuple[str, ...] = ()
+    _names: frozenset[str] = field(default=frozenset())
+
+    def __bool__(self) -> bool:
+        return bool(self.columns or self.json or self.headers or self.detectors)
+
+    @property
+    def has_columns(self) -> bool:
+        return bool(self.columns)
+
+    @property
+    def has_detectors(self) -> bool:
+        return bool(self.detectors)
+
+    @property
+    def has_json(self) -> bool:
+        return bool(self.json)
+
+    def column(self, schema: str | None, table: str | None, column: str) -> ValueMask | None:
+        for pattern in self.columns:
+            if pattern.matches(schema, table, column):
+                return pattern.mask
+        return None
+
+    def column_names(self) -> frozenset[str]:
+        return self._names
+
+    def may_mask_table(self, schema: str, table: str) -> bool:
+        """`schema` empty: unqualified, so that it may be any."""
+        return any(
+            _part(pattern.table, table) and (not schema or _part(pattern.schema, schema)) for pattern in self.columns
+        )
+
+    def may_mask_column(self, column: str) -> bool:
+        return column == "*" or any(_part(pattern.column, column) for pattern in self.columns)
+
+    def derived(self) -> ValueMask:
+        return StrategyMask(self.rules[0] if self.rules else "mask", "redact", lambda value: REDACTED)
+
+    def detect_text(self, value: bytes) -> bytes:
+        text = value.decode("utf-8", "surrogateescape")
+        masked = self._detect(text)
+        return value if masked == text else masked.encode("utf-8", "surrogateescape")
+
+    def _detect(self, text: str) -> str:
+        for item in self.detectors:
+            text = item.apply(text)
+        return text
+
+    def apply_json(self, document: object) -> tuple[object, bool]:
+        changed = False
+        node: Any = document
+        for pattern in self.json:
+            node, touched = _mask_json(node, pattern.steps, pattern.mask)
+            changed |= touched
+        if self.detectors:
+            node, touched = self._detect_json(node)
+            changed |= touched
+        return node, changed
+
+    def _detect_json(self, node: Any) -> tuple[Any, bool]:
+        if isinstance(node, str):
+            masked = self._detect(node)
+            return masked, masked != node
+        if isinstance(node, dict):
+            rows = {key: self._detect_json(value) for key, value in node.items()}
+            return {key: value for key, (value, _) in rows.items()}, any(touched for _, touched in rows.values())
+        if isinstance(node, list):
+            items = [self._detect_json(value) for value in node]
+            return [value for value, _ in items], any(touched for _, touched in items)
+        return node, False
+
+    def header(self, name: str) -> ValueMask | None:
+        for pattern, mask in self.headers:
+            if fnmatch.fnmatchcase(name, pattern):
+                return mask
+        return None
+
+
+EMPTY: Final = Plan()
+
+
+def merge(plans: Iterable[Plan]) -> Plan:
+    """All masks in order; for one column the first wins by that order."""
+    rows = [plan for plan in plans if plan]
+    if not rows:
+        return EMPTY
+    if len(rows) == 1:
+        return rows[0]
+    columns = tuple(item for plan in rows for item in plan.columns)
+    return Plan(
+        columns=columns,
+        json=tuple(item for plan in rows for item in plan.json),
+        headers=tuple(item for plan in rows for item in plan.headers),
+        detectors=tuple(item for plan in rows for item in plan.detectors),
+        rules=tuple(name for plan in rows for name in plan.rules),
+        _names=frozenset(item.column.lower() for item in columns),
+    )

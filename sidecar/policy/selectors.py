@@ -1,0 +1,392 @@
+"""Selectors under `when`: each compiled to a function of a subject, answering True, False or None (unknown).
+
+`deny`, `approve` and `mask` fire on True and None, `allow` only on True (design, section 2).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import celpy
+import re2
+
+from sidecar.model.flow import FlowFacts
+from sidecar.model.operation import ConnectOperation, HttpOperation, Operation, SqlOperation
+from sidecar.policy.document import When
+from sidecar.policy.sql import Analysis, Table
+
+Answer = bool | None
+
+SQL_ONLY: Final = ("statement", "table", "reads", "writes", "function", "without_where", "text")
+HTTP_ONLY: Final = ("method", "path", "query", "headers", "request_json")
+
+
+@dataclass(slots=True)
+class Subject:
+    """What is judged: an operation of a flow, with the SQL's analysis where it is one. `needs` collects facts that were asked
+    for and are not there."""
+
+    operation: Operation
+    facts: FlowFacts
+    sql: Analysis | None = None
+    needs: set[str] = field(default_factory=set)
+
+    def unknown(self, fact: str) -> None:
+        self.needs.add(fact)
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    name: str
+    test: Callable[[Subject], Answer]
+
+
+def words(value: Any) -> tuple[Any, ...]:
+    return () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def all_of(answers: Iterable[Answer]) -> Answer:
+    """Kleene's conjunction."""
+    result: Answer = True
+    for answer in answers:
+        if answer is False:
+            return False
+        if answer is None:
+            result = None
+    return result
+
+
+def _glob(patterns: tuple[str, ...], value: str | None, fact: str, subject: Subject) -> Answer:
+    if value is None:
+        subject.unknown(fact)
+        return None
+    return any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns)
+
+
+def _protocol(patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
+    def test(subject: Subject) -> Answer:
+        operation = subject.operation
+        if isinstance(operation, SqlOperation):
+            return "postgres" in patterns
+        if isinstance(operation, HttpOperation):
+            return "http" in patterns
+        return operation.protocol in patterns
+
+    return test
+
+
+def _host(patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
+    networks = []
+    names = []
+    for pattern in patterns:
+        try:
+            networks.append(ipaddress.ip_network(pattern, strict=False))
+        except ValueError:
+            names.append(pattern.lower().rstrip("."))
+
+    def test(subject: Subject) -> Answer:
+        target = subject.facts.target
+        known = {name.lower() for name in target.names}
+        if target.host_source != "address":
+            known.add(target.host.lower())
+        if isinstance(subject.operation, HttpOperation) and subject.operation.host:
+            known.add(subject.operation.host.lower())
+        if any(fnmatch.fnmatchcase(name, pattern) for name in known for pattern in names):
+            return True
+        if networks:
+            try:
+                address = ipaddress.ip_address(target.address.host)
+            except ValueError:
+                subject.unknown("host")
+                return None
+            if any(address in network for network in networks if network.version == address.version):
+                return True
+        if not names:
+            return False
+        if known and not any(name in target.unresolved for name in names):
+            return False
+        # No name is known for this address, or one that the rule uses does not resolve at the moment.
+        if any("*" in name or name in target.unresolved for name in names) or target.host == "":
+            subject.unknown("host")
+            return None
+        return False
+
+    return test
+
+
+def _number(numbers: tuple[int, ...], fact: str, get: Callable[[Subject], int | None]) -> Callable[[Subject], Answer]:
+    def test(subject: Subject) -> Answer:
+        value = get(subject)
+        if not value and value != 0:
+            subject.unknown(fact)
+            return None
+        return value in numbers
+
+    return test
+
+
+def _fact(patterns: tuple[str, ...], fact: str, get: Callable[[Subject], str | None]) -> Callable[[Subject], Answer]:
+    return lambda subject: _glob(patterns, get(subject), fact, subject)
+
+
+def _sql_fact(name: str, test: Callable[[Analysis], Answer]) -> Selector:
+    """False for anything that is not SQL; unknown for what the tree cannot show."""
+
+    def run(subject: Subject) -> Answer:
+        if not isinstance(subject.operation, SqlOperation):
+            return False
+        analysis = subject.sql
+        if analysis is None or analysis.too_deep:
+            return None
+        answer = test(analysis)
+        return None if answer is False and analysis.opaque else answer
+
+    return Selector(name, run)
+
+
+def table_matches(pattern: str, table: Table) -> bool:
+    """Right-aligned; an unqualified name matches any schema, because search_path may be changed unseen."""
+    schema, _, name = pattern.rpartition(".")
+    if not fnmatch.fnmatchcase(table.name.lower(), name.lower()):
+        return False
+    return not schema or not table.schema or fnmatch.fnmatchcase(table.schema.lower(), schema.rpartition(".")[2].lower())
+
+
+def _tables(patterns: tuple[str, ...], *, read: bool, written: bool) -> Callable[[Analysis], Answer]:
+    def test(analysis: Analysis) -> Answer:
+        tables = (analysis.reads if read else set()) | (analysis.writes if written else set())
+        return any(table_matches(pattern, table) for table in tables for pattern in patterns)
+
+    return test
+
+
+def path_regex(pattern: str) -> Any:
+    """`*` within a segment, `**` over segments; RE2, anchored."""
+    parts = []
+    index = 0
+    while index < len(pattern):
+        if pattern.startswith("**", index):
+            parts.append(".*")
+            index += 2
+        elif pattern[index] == "*":
+            parts.append("[^/]*")
+            index += 1
+        else:
+            parts.append(re2.escape(pattern[index]))
+            index += 1
+    return re2.compile("(?s)^" + "".join(parts) + "$")
+
+
+def _http(name: str, test: Callable[[HttpOperation, Subject], Answer]) -> Selector:
+    def run(subject: Subject) -> Answer:
+        return test(subject.operation, subject) if isinstance(subject.operation, HttpOperation) else False
+
+    return Selector(name, run)
+
+
+def _pairs(wanted: dict[str, str], get: Callable[[HttpOperation], tuple[tuple[str, str], ...]]) -> Callable[[HttpOperation, Subject], Answer]:
+    lowered = {name.lower(): pattern for name, pattern in wanted.items()}
+
+    def test(operation: HttpOperation, subject: Subject) -> Answer:
+        return all(
+            any(name.lower() == key and fnmatch.fnmatchcase(value, pattern) for name, value in get(operation))
+            for key, pattern in lowered.items()
+        )
+
+    return test
+
+
+def _json_equals(wanted: dict[str, Any]) -> Callable[[HttpOperation, Subject], Answer]:
+    def test(operation: HttpOperation, subject: Subject) -> Answer:
+        if not operation.body_known:
+            subject.unknown("request_json")
+            return None
+        return all(_dig(operation.body_json, key.removeprefix("$.").split(".")) == value for key, value in wanted.items())
+
+    return test
+
+
+def _dig(node: Any, names: list[str]) -> Any:
+    for name in names:
+        if not isinstance(node, dict) or name not in node:
+            return None
+        node = node[name]
+    return node
+
+
+def _principal(when: Any) -> Callable[[Subject], Answer]:
+    issuers, subjects = words(when.issuer), words(when.subject)
+    claims = when.claims or {}
+
+    def test(subject: Subject) -> Answer:
+        principal = subject.facts.principal
+        if principal is None:
+            # Nobody verified is nobody: a rule about a principal does not hold. (deny-unless is `except`.)
+            return False
+        found = [True]
+        if issuers:
+            found.append(any(fnmatch.fnmatchcase(principal.issuer, pattern) for pattern in issuers))
+        if subjects:
+            found.append(any(fnmatch.fnmatchcase(principal.subject, pattern) for pattern in subjects))
+        for name, wanted in claims.items():
+            value = principal.claims.get(name)
+            if isinstance(wanted, str) and isinstance(value, str):
+                found.append(fnmatch.fnmatchcase(value, wanted))
+            elif isinstance(value, list):
+                found.append(wanted in value)
+            else:
+                found.append(value == wanted)
+        return all(found)
+
+    return test
+
+
+def _workload(when: Any) -> list[Selector]:
+    found: list[Selector] = []
+    if when.uid is not None:
+        found.append(Selector("workload.uid", _number(words(when.uid), "workload.uid", lambda s: s.facts.workload.uid)))
+    for name in ("exe", "cgroup"):
+        patterns = words(getattr(when, name))
+        if patterns:
+            found.append(
+                Selector(f"workload.{name}", _fact(patterns, f"workload.{name}", lambda s, n=name: getattr(s.facts.workload, n) or None))  # type: ignore[misc]
+            )
+    if when.ci is not None:
+        for name in ("provider", "repository", "job", "step"):
+            patterns = words(getattr(when.ci, name))
+            if patterns:
+                found.append(
+                    Selector(
+                        f"workload.ci.{name}",
+                        lambda s, n=name, p=patterns: s.facts.workload.ci is not None  # type: ignore[misc]
+                        and any(fnmatch.fnmatchcase(getattr(s.facts.workload.ci, n), x) for x in p),
+                    )
+                )
+    if when.container is not None:
+        for name in ("image", "name"):
+            patterns = words(getattr(when.container, name))
+            if patterns:
+                found.append(Selector(f"workload.container.{name}", _container_fact(name, patterns)))
+        if when.container.labels:
+            wanted = tuple(when.container.labels.items())
+            found.append(
+                Selector(
+                    "workload.container.labels",
+                    lambda s: s.facts.workload.container is not None
+                    and all(item in s.facts.workload.container.labels for item in wanted),
+                )
+            )
+    return found
+
+
+def _container_fact(name: str, patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
+    def test(subject: Subject) -> Answer:
+        container = subject.facts.workload.container
+        if container is None:
+            return False
+        return _glob(patterns, getattr(container, name) or None, f"workload.container.{name}", subject)
+
+    return test
+
+
+def _cel(text: str) -> Callable[[Subject], Answer]:
+    """Raises celpy.CELParseError. An error while evaluating is unknown."""
+    environment = celpy.Environment()
+    program = environment.program(environment.compile(text))
+
+    def test(subject: Subject) -> Answer:
+        try:
+            answer = program.evaluate(celpy.json_to_cel(cel_facts(subject)))
+        except (celpy.CELEvalError, ValueError, TypeError, KeyError, RecursionError):
+            subject.unknown("cel")
+            return None
+        return bool(answer) if isinstance(answer, bool | celpy.celtypes.BoolType) else None
+
+    return test
+
+
+def cel_facts(subject: Subject) -> dict[str, Any]:
+    """What an expression sees: `operation`, `target`, `principal`, `workload`."""
+    operation, facts = subject.operation, subject.facts
+    if isinstance(operation, SqlOperation):
+        found: dict[str, Any] = {"protocol": "postgres", "text": operation.text, "database": operation.database or "", "user": operation.user or ""}
+        if subject.sql is not None:
+            found["statements"] = list(subject.sql.statements)
+            found["reads"] = [str(table) for table in subject.sql.reads]
+            found["writes"] = [str(table) for table in subject.sql.writes]
+            found["functions"] = sorted(subject.sql.functions)
+    elif isinstance(operation, HttpOperation):
+        found = {"protocol": "http", "method": operation.method, "host": operation.host or "", "path": operation.path, "query": dict(operation.query), "headers": dict(operation.headers)}
+    else:
+        found = {"protocol": operation.protocol}
+    principal = facts.principal
+    return {
+        "operation": found,
+        "target": {"host": facts.target.host, "port": facts.target.address.port, "address": facts.target.address.host, "name": facts.target.name or ""},
+        "principal": {"issuer": principal.issuer, "subject": principal.subject} if principal else {"issuer": "", "subject": ""},
+        "workload": {"uid": facts.workload.uid if facts.workload.uid is not None else -1, "exe": facts.workload.exe, "cgroup": facts.workload.cgroup},
+    }
+
+
+def compile_when(when: When) -> tuple[Selector, ...]:
+    """In the order in which they are cheap. Raises ValueError or celpy.CELParseError for what cannot be compiled."""
+    found: list[Selector] = []
+    if when.protocol is not None:
+        found.append(Selector("protocol", _protocol(words(when.protocol))))
+    if when.port is not None:
+        found.append(Selector("port", _number(words(when.port), "port", lambda s: s.facts.target.address.port or None)))
+    if when.database is not None:
+        found.append(Selector("database", _fact(words(when.database), "database", lambda s: getattr(s.operation, "database", None))))
+    if when.user is not None:
+        found.append(Selector("user", _fact(words(when.user), "user", lambda s: getattr(s.operation, "user", None))))
+    if when.method is not None:
+        methods = tuple(word.upper() for word in words(when.method))
+        found.append(_http("method", lambda op, s: op.method.upper() in methods))
+    if when.path is not None:
+        patterns = [path_regex(pattern) for pattern in words(when.path)]
+        found.append(_http("path", lambda op, s: any(pattern.match(op.path) is not None for pattern in patterns)))
+    if when.query is not None:
+        found.append(_http("query", _pairs(when.query, lambda op: op.query)))
+    if when.headers is not None:
+        found.append(_http("headers", _pairs(when.headers, lambda op: op.headers)))
+    if when.statement is not None:
+        kinds = {word.upper() for word in words(when.statement)}
+        found.append(_sql_fact("statement", lambda a: not kinds.isdisjoint(a.statements)))
+    if when.without_where is not None:
+        wanted = when.without_where
+        found.append(_sql_fact("without_where", lambda a: a.without_where == wanted))
+    for name, read, written in (("table", True, True), ("reads", True, False), ("writes", False, True)):
+        patterns_ = words(getattr(when, name))
+        if patterns_:
+            found.append(_sql_fact(name, _tables(patterns_, read=read, written=written)))
+    if when.function is not None:
+        names = words(when.function)
+        found.append(_sql_fact("function", lambda a: any(fnmatch.fnmatchcase(f, n) for f in a.functions for n in names)))
+    if when.text is not None:
+        pattern = re2.compile(when.text)
+        found.append(
+            Selector("text", lambda s: pattern.search(s.operation.text) is not None if isinstance(s.operation, SqlOperation) else False)
+        )
+    if when.host is not None:
+        found.append(Selector("host", _host(words(when.host))))
+    if when.principal is not None:
+        found.append(Selector("principal", _principal(when.principal)))
+    if when.workload is not None:
+        found += _workload(when.workload)
+    if when.request_json is not None:
+        found.append(_http("request_json", _json_equals(when.request_json)))
+    if when.cel is not None:
+        found.append(Selector("cel", _cel(when.cel)))
+    return tuple(found)
+
+
+def on_connect(when: When) -> bool:
+    """False: a rule with statement or HTTP selectors does not hold on `connect`."""
+    return all(getattr(when, name) is None for name in (*SQL_ONLY, *HTTP_ONLY, "database", "user"))
+
+
+__all__ = ["Answer", "ConnectOperation", "Selector", "Subject", "all_of", "compile_when", "on_connect", "table_matches", "words"]
