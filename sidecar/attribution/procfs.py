@@ -1,124 +1,120 @@
-"""Processes as /proc shows them. Every read is bounded, and a process that vanishes is an answer, not an error.
+"""Processes as /proc shows them. Every read is bounded, and a process that vanishes is an answer, not an
+error.
 
-Source: proc(5). Start times are in clock ticks since boot and tell a reused pid apart.
+Start times are in clock ticks since boot and tell a reused pid apart: whoever reads twice from one pid
+compares them. Owns no cache and no judgement. Source: proc(5).
 """
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
+from sidecar.attribution.redaction import redact_cmdline
 from sidecar.model.origin import Process
 
+MAX_STAT_BYTES: Final = 4096
+MAX_CGROUP_BYTES: Final = 65_536
 MAX_CMDLINE_BYTES: Final = 65_536
+MAX_CMDLINE_ARGUMENTS: Final = 1024
 MAX_ENVIRON_BYTES: Final = 2 * 1024 * 1024
-MAX_ANCESTORS: Final = 32
+"""What is read of an environment: the kernel's default limit for arguments and environment together (a
+quarter of an 8 MiB stack)."""
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
-
-MASK: Final = "****"
-_SECRET_NAME = r"(?:password|passwd|pwd|secret|token|api[-_]?key|access[-_]?key|auth|credential|private[-_]?key|pgpassword|mysql_pwd)"
-_OPTION: Final = re.compile(rf"(?i)^(-{{0,2}}[\w.-]*{_SECRET_NAME}[\w.-]*)([=:])(.+)$", re.DOTALL)
-_NAME_ONLY: Final = re.compile(rf"(?i)^--?[\w-]*{_SECRET_NAME}[\w-]*$")
-_URL: Final = re.compile(r"(?i)([a-z][a-z0-9+.-]*://[^/\s:@]*:)([^@\s/]+)(@)")
-_CONNINFO: Final = re.compile(r"(?i)\b(password\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)")
-_QUERY: Final = re.compile(rf"(?i)([?&]{_SECRET_NAME}=)([^&\s]+)")
-_HEADER: Final = re.compile(r"(?i)^((?:proxy-)?authorization|cookie|x-api-key|x-auth-token)(\s*:\s*)(.+)$", re.DOTALL)
-_JWT: Final = re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")
-_MYSQL: Final = re.compile(r"^-p\S+$")
-
-
-def redact_cmdline(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """The command line without passwords, tokens and keys, as far as their form can be known."""
-    found: list[str] = []
-    hide_next = False
-    mysql = bool(arguments) and os.path.basename(arguments[0]).startswith(("mysql", "mariadb"))
-    user_follows = False
-    for argument in arguments:
-        if hide_next:
-            found.append(MASK)
-            hide_next = False
-            continue
-        if user_follows:
-            found.append(argument.partition(":")[0] + (":" + MASK if ":" in argument else ""))
-            user_follows = False
-            continue
-        if mysql and _MYSQL.match(argument):
-            found.append("-p" + MASK)
-            continue
-        if _NAME_ONLY.match(argument):
-            hide_next = True
-            found.append(argument)
-            continue
-        user_follows = argument in ("-u", "--user", "--proxy-user") and os.path.basename(arguments[0]).startswith("curl")
-        text = _URL.sub(rf"\1{MASK}\3", argument)
-        text = _CONNINFO.sub(rf"\1{MASK}", text)
-        text = _QUERY.sub(rf"\1{MASK}", text)
-        text = _HEADER.sub(rf"\1\2{MASK}", text)
-        text = _OPTION.sub(rf"\1\2{MASK}", text) if "://" not in text else text
-        found.append(_JWT.sub(MASK, text))
-    return tuple(found)
+TICK_NS: Final = 1_000_000_000 // TICKS_PER_S
+_CHUNK: Final = 65_536
+DELETED: Final = " (deleted)"
 
 
 @dataclass(frozen=True, slots=True)
 class Stat:
+    """Of /proc/<pid>/stat: what attribution asks. `state` is its letter; `Z` is a zombie, whose memory is
+    gone."""
+
     ppid: int
     start_ticks: int
     comm: str
     session: int
+    state: str = "R"
 
 
-def read_stat(pid: int) -> Stat | None:
-    """None where the process is gone."""
-    try:
-        raw = Path(f"/proc/{pid}/stat").read_bytes()
-        head, _, tail = raw.rpartition(b")")
-        fields = tail.split()
-        return Stat(
-            ppid=int(fields[1]),
-            start_ticks=int(fields[19]),
-            comm=head.partition(b"(")[2].decode(errors="replace"),
-            session=int(fields[3]),
-        )
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _read(path: str, limit: int) -> bytes:
+def read_bounded(path: str, limit: int) -> bytes:
+    """At most `limit` bytes; empty where the process is gone, is a zombie or may not be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return b""
     try:
-        chunks, size = [], 0
+        first = os.read(descriptor, min(_CHUNK, limit))
+        if not first:
+            return b""
+        chunks, size = [first], len(first)
         while size < limit:
-            chunk = os.read(descriptor, min(65_536, limit - size))
+            # procfs answers with less than was asked for: only an empty read is the end
+            chunk = os.read(descriptor, min(_CHUNK, limit - size))
             if not chunk:
                 break
             chunks.append(chunk)
             size += len(chunk)
-        return b"".join(chunks)
+        return b"".join(chunks) if len(chunks) > 1 else first
     except OSError:
         return b""
     finally:
         os.close(descriptor)
 
 
+def read_stat(pid: int) -> Stat | None:
+    """None where the process is gone."""
+    raw = read_bounded(f"/proc/{pid}/stat", MAX_STAT_BYTES)
+    head, _, tail = raw.rpartition(b")")  # comm may hold parentheses and blanks: the last one closes it
+    fields = tail.split(None, 21)
+    try:
+        return Stat(
+            ppid=int(fields[1]),
+            start_ticks=int(fields[19]),
+            comm=head.partition(b"(")[2].decode(errors="replace"),
+            session=int(fields[3]),
+            state=fields[0].decode("ascii", errors="replace"),
+        )
+    except (IndexError, ValueError):
+        return None
+
+
 def raw_cmdline(pid: int) -> tuple[str, ...]:
-    raw = _read(f"/proc/{pid}/cmdline", MAX_CMDLINE_BYTES)
-    return tuple(part.decode(errors="replace") for part in raw.rstrip(b"\0").split(b"\0")) if raw else ()
+    """The command line as it is, with its secrets: for judging, never for records."""
+    raw = read_bounded(f"/proc/{pid}/cmdline", MAX_CMDLINE_BYTES)
+    if not raw:
+        return ()
+    parts = raw.rstrip(b"\0").split(b"\0", MAX_CMDLINE_ARGUMENTS)
+    return tuple(part.decode(errors="replace") for part in parts[:MAX_CMDLINE_ARGUMENTS])
+
+
+def raw_environ(pid: int) -> bytes:
+    """NUL-separated, at most MAX_ENVIRON_BYTES; an entry that this bound cut is left out."""
+    raw = read_bounded(f"/proc/{pid}/environ", MAX_ENVIRON_BYTES)
+    return raw if len(raw) < MAX_ENVIRON_BYTES else raw[: raw.rfind(b"\0") + 1]
+
+
+def parse_environ(raw: bytes) -> dict[str, str]:
+    """As getenv(3) sees it: the first of two entries of one name counts."""
+    found: dict[str, str] = {}
+    for entry in raw.split(b"\0"):
+        key, separator, value = entry.partition(b"=")
+        if separator and key:
+            found.setdefault(key.decode(errors="replace"), value.decode(errors="replace"))
+    return found
 
 
 def environ(pid: int) -> dict[str, str]:
-    """The environment the process was started with; empty where it is gone or larger than MAX_ENVIRON_BYTES allows to read."""
-    raw = _read(f"/proc/{pid}/environ", MAX_ENVIRON_BYTES)
-    pairs = (entry.partition(b"=") for entry in raw.split(b"\0"))
-    return {key.decode(errors="replace"): value.decode(errors="replace") for key, sep, value in pairs if sep and key}
+    """The environment that the process was started with (its own later changes are not in it); empty where it
+    is gone."""
+    return parse_environ(raw_environ(pid))
 
 
 def exe(pid: int) -> str:
+    """The executable's path as the process's own mount namespace has it; ` (deleted)` stays at the end where
+    it was replaced or removed while running. Empty where the process is gone, and for kernel threads."""
     try:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:
@@ -126,29 +122,34 @@ def exe(pid: int) -> str:
 
 
 def netns(pid: int) -> int:
+    """Inode of the network namespace, 0 where unknown."""
     try:
         return os.stat(f"/proc/{pid}/ns/net").st_ino
     except OSError:
         return 0
 
 
-def process(pid: int) -> Process | None:
-    stat = read_stat(pid)
-    if stat is None:
-        return None
+def cgroup_text(pid: int) -> str:
+    """/proc/<pid>/cgroup: a line per hierarchy."""
+    return read_bounded(f"/proc/{pid}/cgroup", MAX_CGROUP_BYTES).decode(errors="replace")
+
+
+def process_of(pid: int, stat: Stat) -> Process:
+    """A process whose `stat` was just read; without secrets in its command line."""
     return Process(
-        pid=pid, comm=stat.comm, exe=exe(pid), cmdline=redact_cmdline(raw_cmdline(pid)), start_ticks=stat.start_ticks
+        pid=pid,
+        comm=stat.comm,
+        exe=exe(pid),
+        cmdline=redact_cmdline(raw_cmdline(pid)),
+        start_ticks=stat.start_ticks,
     )
 
 
-def ancestors(pid: int) -> tuple[Process, ...]:
-    """Parent, grandparent, … up to pid 1, at most MAX_ANCESTORS."""
-    found: list[Process] = []
-    stat = read_stat(pid)
-    while stat is not None and stat.ppid > 0 and len(found) < MAX_ANCESTORS:
-        parent = process(stat.ppid)
-        if parent is None:
-            break
-        found.append(parent)
-        stat = read_stat(parent.pid)
-    return tuple(found)
+NO_LOGIN: Final = 0xFFFF_FFFF
+
+
+def login_uid(pid: int) -> int | None:
+    """Who logged in, whatever sudo and su did since (the audit login uid); None where nobody did or it is not
+    known."""
+    raw = read_bounded(f"/proc/{pid}/loginuid", 16)
+    return int(raw) if raw.isdigit() and int(raw) != NO_LOGIN else None

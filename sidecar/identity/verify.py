@@ -1,13 +1,18 @@
-"""Verifies an OIDC token with PyJWT. Every refusal carries one word of a closed vocabulary:
+"""Verifies an OIDC token with PyJWT. Every refusal carries one word of a closed vocabulary, `REASONS`.
 
-`no_token` `malformed` `too_large` `unknown_issuer` `algorithm_refused` `unknown_key` `keys_unavailable` `bad_signature`
-`wrong_audience` `expired` `not_yet_valid` `issued_in_future` `missing_claim` `critical_header`
-
-Source: RFC 7519, RFC 8725 (best current practices), OpenID Connect Core 3.1.3.7.
+The order matters: nothing that a token says is used before its signature holds, except to choose the issuer
+and the key among those that the configuration names. Source: RFC 7515, RFC 7519, RFC 8725 (best current
+practices), OpenID Connect Core 1.0, section 3.1.3.7.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
+import re
+import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import jwt
@@ -15,107 +20,202 @@ import jwt
 from sidecar.config import IssuerDocument
 from sidecar.documents import parse_duration
 from sidecar.errors import IdentityError
-from sidecar.identity.keys import KeySet
+from sidecar.identity.keys import MAX_KID_CHARS, WAIT_S, KeySet, PublicKey
 from sidecar.identity.sources import MAX_TOKEN_BYTES
 from sidecar.model.principal import Principal
 from sidecar.model.secret import Secret
 
-REASONS: Final = (
-    "no_token",
-    "malformed",
-    "too_large",
-    "unknown_issuer",
-    "algorithm_refused",
-    "unknown_key",
-    "keys_unavailable",
-    "bad_signature",
-    "wrong_audience",
-    "expired",
-    "not_yet_valid",
-    "issued_in_future",
-    "missing_claim",
-    "critical_header",
-)
+REASONS: Final[Mapping[str, str]] = {
+    "no_token": "no source yielded a token",
+    "process_gone": "the process had exited before its token could be read",
+    "source_unsafe": "the token file is of a kind, owner or mode that is not trusted",
+    "too_large": "the token is larger than 64 KiB",
+    "malformed": "it is no signed JWT, or a claim has the wrong type",
+    "critical_header": "its header demands an extension that is not understood",
+    "unknown_issuer": "its issuer is not in identity.issuers",
+    "algorithm_refused": "its algorithm is not allowed for the issuer, or does not fit the issuer's key",
+    "keys_unavailable": "the issuer's keys could not be read or fetched in time",
+    "unknown_key": "it names a key that the issuer does not have",
+    "bad_signature": "the signature does not hold",
+    "missing_claim": "it lacks sub, aud, exp, or iat where identity.max_age asks for it",
+    "wrong_audience": "it is for another audience",
+    "expired": "it has expired",
+    "not_yet_valid": "its nbf lies in the future",
+    "issued_in_future": "its iat lies in the future",
+    "too_old": "it was issued longer ago than identity.max_age",
+}
+"""The closed vocabulary and what each word means; docs/identity.md says what to do."""
+
 MAX_SUBJECT_CHARS: Final = 1024
-_KEY_TYPES: Final = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
+MAX_CLAIMS: Final = 256
+MAX_CANDIDATES: Final = 8
+"""Keys tried for a token that names none."""
+MAX_TIME_S: Final = 253_402_300_800
+"""The end of year 9999: a time claim past it is nonsense."""
+NEVER: Final = frozenset({"NONE", "HS256", "HS384", "HS512"})
+"""Refused whatever the configuration says: no signature at all, or one that every reader of the public key
+could make."""
+
+_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+_TIMES: Final = ("exp", "nbf", "iat")
 
 
 class Verifier:
-    """Holds the issuers' keys. Thread-safe; blocks while keys are fetched."""
+    """Holds the issuers' keys. Thread-safe; blocks up to `WAIT_S` while keys are fetched."""
 
-    def __init__(self, issuers: tuple[IssuerDocument, ...]) -> None:
+    def __init__(
+        self,
+        issuers: tuple[IssuerDocument, ...],
+        *,
+        max_age_s: float | None = None,
+    ) -> None:
         self._issuers = {issuer.issuer: (issuer, KeySet(issuer.jwks)) for issuer in issuers}
+        self._max_age_s = max_age_s
 
-    def verify(self, token: Secret, source: str) -> Principal:
-        """Raises IdentityError."""
+    def verify(self, token: Secret, source: str, wait_s: float = WAIT_S) -> Principal:
+        """Raises IdentityError with a reason of `REASONS`."""
         text = token.reveal()
         if len(text) > MAX_TOKEN_BYTES:
-            raise IdentityError("the token is too large", reason="too_large")
-        header, claims = self._peek(text)
-        if "crit" in header:
-            raise IdentityError("the token demands an extension that is not understood", reason="critical_header")
-        known = self._issuers.get(claims["iss"]) if isinstance(claims.get("iss"), str) else None
-        if known is None:
-            raise IdentityError("the token is of an issuer that the configuration does not name", reason="unknown_issuer")
-        issuer, keys = known
-        algorithm = header.get("alg")
-        if not isinstance(algorithm, str) or algorithm not in issuer.algorithms:
-            raise IdentityError("the token's algorithm is not allowed for its issuer", reason="algorithm_refused")
-        kid = header.get("kid")
-        if kid is not None and not isinstance(kid, str):
-            raise IdentityError("the token's kid is no text", reason="malformed")
-        key = keys.key(kid)
-        if key.key_type != _KEY_TYPES.get(algorithm[:2]) or (key.algorithm_name and key.algorithm_name != algorithm):
-            raise IdentityError("the token's algorithm does not fit the issuer's key", reason="algorithm_refused")
-        verified = self._decode(text, key, algorithm, issuer)
-        subject = verified["sub"]
-        if not isinstance(subject, str) or not subject or len(subject) > MAX_SUBJECT_CHARS:
-            raise IdentityError("the token's subject is empty or too long", reason="missing_claim")
+            raise IdentityError(f"the token is larger than {MAX_TOKEN_BYTES} bytes", reason="too_large")
+        header, claims = peek(text)
+        issuer, keys = self._issuer(claims)
+        algorithm = _algorithm(header, issuer)
+        _check_types(claims)
+        candidates = keys.candidates(_kid(header), algorithm, wait_s)
+        verified = self._decode(text, algorithm, candidates, issuer, claims)
         return Principal(
             issuer=issuer.issuer,
-            subject=subject,
+            subject=verified["sub"],
             claims=verified,
             jti=str(verified.get("jti", "")),
-            expires_ns=int(verified["exp"]) * 1_000_000_000,
+            expires_ns=int(verified["exp"] * 1_000_000_000),
             source=source,
         )
 
-    @staticmethod
-    def _peek(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        try:
-            unverified = jwt.decode_complete(text, options={"verify_signature": False})
-        except (jwt.PyJWTError, ValueError, RecursionError) as error:
-            raise IdentityError("the token is no JWT", reason="malformed") from error
-        header, claims = unverified["header"], unverified["payload"]
-        if not isinstance(claims, dict):
-            raise IdentityError("the token's claims are no object", reason="malformed")
-        return header, claims
-
-    @staticmethod
-    def _decode(text: str, key: Any, algorithm: str, issuer: IssuerDocument) -> dict[str, Any]:
-        audience = [issuer.audience] if isinstance(issuer.audience, str) else list(issuer.audience)
-        try:
-            return dict(
-                jwt.decode(
-                    text,
-                    key=key.key,
-                    algorithms=[algorithm],
-                    audience=audience,
-                    issuer=issuer.issuer,
-                    leeway=parse_duration(issuer.leeway),
-                    options={"require": ["exp", "iat", "sub", "aud", "iss"]},
-                )
+    def _issuer(self, claims: dict[str, Any]) -> tuple[IssuerDocument, KeySet]:
+        named = claims.get("iss")
+        known = self._issuers.get(named) if isinstance(named, str) else None
+        if known is None:
+            raise IdentityError(
+                "the token's issuer is none that the configuration names", reason="unknown_issuer"
             )
-        except jwt.ExpiredSignatureError as error:
-            raise IdentityError("the token has expired", reason="expired") from error
-        except jwt.InvalidAudienceError as error:
-            raise IdentityError("the token is for another audience", reason="wrong_audience") from error
-        except jwt.ImmatureSignatureError as error:
-            future = "iat" in str(error)
-            raise IdentityError("the token is not valid yet", reason="issued_in_future" if future else "not_yet_valid") from error
-        except jwt.MissingRequiredClaimError as error:
-            raise IdentityError(f"the token lacks {error.claim}", reason="missing_claim") from error
-        except jwt.InvalidSignatureError as error:
-            raise IdentityError("the token's signature does not hold", reason="bad_signature") from error
-        except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as error:
-            raise IdentityError("the token is malformed", reason="malformed") from error
+        return known
+
+    def _decode(
+        self,
+        text: str,
+        algorithm: str,
+        candidates: tuple[PublicKey, ...],
+        issuer: IssuerDocument,
+        claims: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The claims, signed by one of `candidates` and valid now. `claims` are the same, unverified: they
+        only choose the word for a refusal that PyJWT has made."""
+        required = ["exp", "iss", "aud", "sub"] + (["iat"] if self._max_age_s is not None else [])
+        leeway_s = parse_duration(issuer.leeway)
+        for candidate in candidates[:MAX_CANDIDATES]:
+            try:
+                verified: dict[str, Any] = jwt.decode(
+                    text,
+                    key=candidate.key,
+                    algorithms=[algorithm],
+                    audience=[issuer.audience] if isinstance(issuer.audience, str) else list(issuer.audience),
+                    issuer=issuer.issuer,
+                    leeway=leeway_s,
+                    options={"require": required},
+                )
+            except jwt.InvalidSignatureError:
+                continue
+            except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as error:
+                raise _refusal(error, claims, leeway_s) from error
+            if self._max_age_s is not None and time.time() - verified["iat"] > self._max_age_s:
+                raise IdentityError("the token is older than identity.max_age", reason="too_old")
+            return verified
+        raise IdentityError("the token's signature does not hold", reason="bad_signature")
+
+
+def _refusal(error: Exception, claims: dict[str, Any], leeway_s: float) -> IdentityError:
+    """PyJWT's exception as a word of `REASONS`."""
+    match error:
+        case jwt.ExpiredSignatureError():
+            return IdentityError("the token has expired", reason="expired")
+        case jwt.InvalidAudienceError():
+            return IdentityError("the token is for another audience", reason="wrong_audience")
+        case jwt.ImmatureSignatureError():
+            if claims.get("nbf", 0) > time.time() + leeway_s:
+                return IdentityError("the token is not valid yet", reason="not_yet_valid")
+            return IdentityError("the token says that it was issued in the future", reason="issued_in_future")
+        case jwt.MissingRequiredClaimError():
+            return IdentityError(f"the token lacks {error.claim}", reason="missing_claim")
+        case jwt.InvalidAlgorithmError() | jwt.InvalidKeyError():
+            return IdentityError(
+                "the token's algorithm does not fit the issuer's key", reason="algorithm_refused"
+            )
+    return IdentityError("the token is malformed", reason="malformed")
+
+
+def _check_types(claims: dict[str, Any]) -> None:
+    """What PyJWT leaves open: booleans and absurd numbers as times, a subject that is empty or endless."""
+    for name in _TIMES:
+        value = claims.get(name)
+        if value is None:
+            claims.pop(name, None)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_TIME_S:
+            raise IdentityError(f"the token's {name} is no time", reason="malformed")
+    subject = claims.get("sub", "")
+    if not isinstance(subject, str):
+        raise IdentityError("the token's sub is no text", reason="malformed")
+    if not subject:
+        raise IdentityError("the token lacks sub", reason="missing_claim")
+    if len(subject) > MAX_SUBJECT_CHARS or len(claims) > MAX_CLAIMS:
+        raise IdentityError("the token's sub is too long, or it has too many claims", reason="too_large")
+
+
+def peek(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and claims of a compact JWS, *unverified*. Raises IdentityError: `malformed`,
+    `critical_header`."""
+    if not _COMPACT.fullmatch(text):
+        raise IdentityError("the token is no JWT: not three parts of base64url", reason="malformed")
+    header_part, claims_part, _ = text.split(".")
+    header, claims = _json_object(header_part, "header"), _json_object(claims_part, "claims")
+    if "crit" in header or header.get("b64", True) is not True:
+        raise IdentityError("the token demands an extension that is not understood", reason="critical_header")
+    return header, claims
+
+
+def _json_object(part: str, what: str) -> dict[str, Any]:
+    """Strict: no name twice (two readers could see two tokens), no NaN."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name stands twice")
+        return found
+
+    def refuse(word: str) -> float:
+        raise ValueError(f"{word} is no number")
+
+    try:
+        raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (binascii.Error, ValueError, RecursionError) as error:
+        raise IdentityError(f"the token's {what} cannot be read", reason="malformed") from error
+    if not isinstance(found, dict):
+        raise IdentityError(f"the token's {what} is no object", reason="malformed")
+    return found
+
+
+def _algorithm(header: dict[str, Any], issuer: IssuerDocument) -> str:
+    algorithm = header.get("alg")
+    if not isinstance(algorithm, str):
+        raise IdentityError("the token's header has no alg", reason="malformed")
+    if algorithm.upper() in NEVER or algorithm not in issuer.algorithms:
+        raise IdentityError("the token's algorithm is not allowed for its issuer", reason="algorithm_refused")
+    return algorithm
+
+
+def _kid(header: dict[str, Any]) -> str | None:
+    kid = header.get("kid")
+    if kid is not None and not (isinstance(kid, str) and 0 < len(kid) <= MAX_KID_CHARS):
+        raise IdentityError("the token's kid is no short text", reason="malformed")
+    return kid
