@@ -297,11 +297,7 @@ class _Walker:
         self.found.settings.add("*")
 
     def _DoStmt(self, node: Any, depth: int) -> None:
-        self.found.settings.add("*")
         self.found.constant_sensitive = True
-
-    def _CallStmt(self, node: Any, depth: int) -> None:
-        self.found.settings.add("*")
 
     def _FetchStmt(self, node: Any, depth: int) -> None:
         self.found.row_functions = True
