@@ -29,6 +29,26 @@ _WEAK: Final = r"pass|pwd|auth|authorization|creds?|cookie|jwt|sas"
 _SECRET: Final = rf"(?:{_STRONG}|(?<![a-z0-9])(?:{_WEAK})(?![a-z]))[\w.-]{{0,40}}"
 _VALUE: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.|'')*'|[^\s;&,\"']+"
 
+_HINTS: Final = tuple(
+    [
+        "pass",
+        "pwd",
+        "secret",
+        "token",
+        "cred",
+        "bearer",
+        "key",
+        "auth",
+        "cookie",
+        "jwt",
+        "sas",
+        "sign",
+        "identi",
+    ]
+)
+"""One of these stands in whatever the patterns below match: most arguments hold none, and cost
+no more than this."""
+
 # Repetitions inside a name are bounded, so that a hostile argument costs linear time.
 _ASSIGNED: Final = re.compile(rf"(?i)({_SECRET})([\"']?\s{{0,8}}(?:=|:(?!//))\s{{0,8}})({_VALUE})")
 _FOLLOWED: Final = re.compile(rf"(?i)^--?[\w.-]{{0,40}}?{_SECRET}$")
@@ -138,12 +158,12 @@ def redact_text(text: str) -> str:
         text = text[:MAX_ARGUMENT_CHARS]
     if "://" in text:
         text = _URL.sub(_url, text)
-    if ":" in text or "=" in text:
+    lowered = text.lower()
+    if any(hint in lowered for hint in _HINTS):
+        text = _PEM.sub(MASK, text)
         text = _HEADER_WHOLE.sub(rf"\1\2\3{MASK}", text)
         text = _HEADER_INSIDE.sub(rf"\1\2{MASK}", text)
         text = _ASSIGNED.sub(_value, text)
-    if " " in text:
-        text = _PEM.sub(MASK, text)
         text = _FOLLOWED_INSIDE.sub(_value, text)
         text = _SQL.sub(rf"\1{MASK}", text)
     if len(text) >= MIN_TOKEN_CHARS:

@@ -1,0 +1,179 @@
+"""The shape of sidecar.yaml: names, types and defaults exactly as the contract has them (design, section 2).
+
+Only shape: what a value means, and whether two of them contradict each other, is judged in `config`. Every
+setting is explained in docs/configuration.md; a test compares.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final, Literal
+
+import msgspec
+
+from sidecar.errors import ConfigurationError
+from sidecar.model.secret import Secret
+
+DEFAULT_AUDIT_DIRECTORY: Final = "/var/lib/sidecar/audit"
+DEFAULT_PORTS: Final = {5432: "postgres", 80: "auto", 443: "auto", 8080: "auto"}
+DEFAULT_EXCLUDE: Final = ("169.254.0.0/16",)
+DEFAULT_ALGORITHMS: Final = (
+    "RS256",
+    "RS384",
+    "RS512",
+    "PS256",
+    "PS384",
+    "PS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
+)
+MAX_SECRET_BYTES: Final = 65_536
+
+ProtocolName = Literal["postgres", "http", "auto", "opaque"]
+
+
+class Shape(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A mapping of the document; an unknown name in it is an error."""
+
+
+class SecretFile(Shape, frozen=True):
+    """`{file: PATH}`: the only way a secret enters the configuration. It is read when it is used, and never
+    kept."""
+
+    file: str
+
+    def read(self) -> Secret:
+        """Raises ConfigurationError where it cannot be read, is empty, or others may read it."""
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                facts = os.fstat(descriptor)
+                if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_SECRET_BYTES:
+                    raise ConfigurationError(f"the secret in {self.file} is no small regular file")
+                if facts.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+                    raise ConfigurationError(
+                        f"the secret in {self.file} can be read or written by everyone",
+                        hint=f"chmod 600 {self.file}",
+                    )
+                text = os.read(descriptor, MAX_SECRET_BYTES).decode("utf-8").strip()
+            finally:
+                os.close(descriptor)
+        except (OSError, UnicodeDecodeError) as error:
+            # a decoding error's own text would show a part of the secret
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigurationError(f"the secret in {self.file} cannot be read: {why}") from None
+        if not text:
+            raise ConfigurationError(f"the secret in {self.file} is empty")
+        return Secret(text)
+
+
+class CgroupScope(Shape, frozen=True):
+    cgroups: tuple[str, ...]
+
+
+class SteeringDocument(Shape, frozen=True):
+    scope: Literal["all", "exec"] | CgroupScope = "all"
+    containers: bool = True
+    ports: dict[int, ProtocolName] = msgspec.field(default_factory=lambda: dict(DEFAULT_PORTS))  # type: ignore[arg-type]
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    decrypt: Literal["declared", "all"] = "declared"
+    on_failure: Literal["closed", "open"] = "closed"
+
+
+class EnvSource(Shape, frozen=True):
+    name: str
+
+
+class FileSource(Shape, frozen=True):
+    path: str
+
+
+class SourceDocument(Shape, frozen=True):
+    """One place to look for a token: exactly one of the fields is set."""
+
+    env: EnvSource | None = None
+    file: FileSource | None = None
+
+
+class IssuerDocument(Shape, frozen=True):
+    issuer: str
+    audience: str | tuple[str, ...]
+    jwks: str
+    algorithms: tuple[str, ...] = DEFAULT_ALGORITHMS
+    leeway: str | int = "30s"
+
+
+class HttpAttach(Shape, frozen=True):
+    header: str = "X-Workload-Identity"
+
+
+class PostgresAttach(Shape, frozen=True):
+    setting: str = "workload.identity"
+    application_name: str | None = "{subject}"
+
+
+class AttachDocument(Shape, frozen=True):
+    http: HttpAttach = HttpAttach()
+    postgres: PostgresAttach = PostgresAttach()
+
+
+class IdentityDocument(Shape, frozen=True):
+    required: bool = False
+    sources: tuple[SourceDocument, ...] = ()
+    issuers: tuple[IssuerDocument, ...] = ()
+    attach: AttachDocument = AttachDocument()
+    max_age: str | int | None = None
+
+
+class TlsDocument(Shape, frozen=True):
+    mode: Literal["disable", "require", "verify-ca", "verify-full", "passthrough"]
+    ca: str | None = None
+
+
+class TargetDocument(Shape, frozen=True):
+    name: str
+    host: str
+    port: int | None = None
+    protocol: ProtocolName | None = None
+    tls: TlsDocument | None = None
+    pooler: Literal["session", "transaction", "statement"] | None = None
+
+
+class RequestsDocument(Shape, frozen=True):
+    max_bytes: str | int = 65_536
+
+
+class ResponsesDocument(Shape, frozen=True):
+    max_rows: int = 100
+    max_bytes: str | int = 65_536
+
+
+class AuditDocument(Shape, frozen=True):
+    directory: str = DEFAULT_AUDIT_DIRECTORY
+    max_bytes: str | int = "1GiB"
+    on_full: Literal["block", "drop"] = "block"
+    sync: Literal["group", "strict"] = "group"
+    requests: RequestsDocument = RequestsDocument()
+    responses: ResponsesDocument = ResponsesDocument()
+
+
+class UpstreamDocument(Shape, frozen=True):
+    url: str
+    token: SecretFile | None = None
+
+
+class MasksDocument(Shape, frozen=True):
+    hash_key: SecretFile | None = None
+
+
+class ConfigurationDocument(Shape, frozen=True):
+    steering: SteeringDocument = SteeringDocument()
+    identity: IdentityDocument = IdentityDocument()
+    targets: tuple[TargetDocument, ...] = ()
+    policy: str | None = None
+    audit: AuditDocument = AuditDocument()
+    upstream: UpstreamDocument | None = None
+    masks: MasksDocument = MasksDocument()
