@@ -156,6 +156,13 @@ class FlowDriver:
 
     def start(self) -> None:
         self._drive("start")
+        if not self.closed and hasattr(self.session, "settle"):
+            self.loop.call_later(limits.FIRST_BYTES_S, self._settle)
+
+    def _settle(self) -> None:
+        """A client that says nothing may wait for the server to speak first."""
+        if not self.closed:
+            self._drive("settle")
 
     def received(self, hop: Hop, data: bytes) -> None:
         if self.closed:

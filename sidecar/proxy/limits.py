@@ -15,6 +15,9 @@ RESOLVE_TIMEOUT_S: Final = 10.0
 CONNECT_TIMEOUT_S: Final = 75.0
 """Upstream connect; longer than most clients wait, so that theirs decides."""
 
+FIRST_BYTES_S: Final = 0.5
+"""How long a client of an `auto` port may stay silent before the server is reached, because it may have to speak first."""
+
 TLS_HANDSHAKE_TIMEOUT_S: Final = 20.0
 
 WRITE_HIGH_WATER: Final = 256 * 1024
