@@ -9,20 +9,26 @@ die() { # STATUS MESSAGE [HINT]
   exit "$1"
 }
 
-# Runs the script again as root with the same arguments, unless it is root already. What the scripts read from the
-# environment is handed on by name; sudo drops the rest.
+# Runs this script once more with these arguments, as root. What the scripts read from the environment is handed on by
+# name; sudo drops the rest.
+run_as_root() {
+  command -v sudo > /dev/null || die 3 "needs root, and there is no sudo" "run it as root: su -c '$0'"
+  sudo -- env ${CI:+CI="$CI"} ${SIDECAR_CACHE:+SIDECAR_CACHE="$SIDECAR_CACHE"} ${NO_COLOR:+NO_COLOR="$NO_COLOR"} \
+    "$(readlink -f "$0")" "$@"
+}
+
+# Goes on as root: where this is not root, runs the script again and ends with its status.
 as_root() {
   [ "$(id -u)" -ne 0 ] || return 0
-  command -v sudo > /dev/null || die 3 "needs root, and there is no sudo" "run it as root: su -c '$0 $*'"
-  exec sudo -- env ${CI:+CI="$CI"} ${SIDECAR_WHEELHOUSE:+SIDECAR_WHEELHOUSE="$SIDECAR_WHEELHOUSE"} \
-    ${SIDECAR_CACHE:+SIDECAR_CACHE="$SIDECAR_CACHE"} ${NO_COLOR:+NO_COLOR="$NO_COLOR"} "$(readlink -f "$0")" "$@"
+  run_as_root "$@"
+  exit
 }
 
 # Runs a command and shows its output only when it fails.
 quietly() {
   local log status=0
   log=$(mktemp)
-  "$@" > "$log" 2>&1 < /dev/null || status=$?
+  "$@" > "$log" 2>&1 < /dev/null 9>&- || status=$?
   if [ "$status" -ne 0 ]; then
     tail -n 40 "$log" >&2
     say "failed ($status): $*"
