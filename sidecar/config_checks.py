@@ -301,7 +301,7 @@ class Checker:
             raise self.fail(f"contradicts mode {target.tls.mode}: nothing is verified", *place, "tls", "ca")
         if protocol != "postgres" and target.tls.mode not in ("disable", "passthrough"):
             raise self.fail(
-                f"TLS by us is not supported yet in this version for {protocol or 'a target without protocol'}",
+                f"our own TLS is not supported yet in this version for {protocol or 'an unnamed protocol'}",
                 *place,
                 "tls",
                 "mode",
