@@ -138,15 +138,16 @@ def traces() -> list[str]:
     return [trace for trace in all_traces() if not any(name in trace for name in live)]
 
 
-def steer(state: Path, command: list[str]) -> int:
+def steer(state: Path, command: list[str], with_page: bool) -> int:
     """One command of the caller's, on the quickstart's configuration. Its exit status."""
     collector = page.start(state)
     config = write_configuration(state, collector.address)
     token = issue_token(state / "jwks.json")
     environment = {**os.environ, "SIDECAR_ID_TOKEN": token}
     status = subprocess.call([SIDECAR, "exec", "-c", str(config), "--", *command], env=environment)
-    note(f"records: {SIDECAR} audit tail --directory {state / 'audit'}")
-    screen.show_page(collector, state, file=sys.stderr)
+    if with_page:
+        note(f"policy and records: {state}")
+        screen.show_page(collector, state, file=sys.stderr)
     return status
 
 
@@ -154,12 +155,20 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and the command after the first `--`, which may hold a `--` of its own."""
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/quickstart", description="See README.md.")
+    parser = argparse.ArgumentParser(usage="scripts/quickstart [--no-page | --stop] [-- CMD…]")
     parser.add_argument("--no-page", action="store_true", help="do not leave the page running")
     parser.add_argument("--stop", action="store_true", help="stop pages and remove what quickstarts left")
-    parser.add_argument("command", nargs="*", metavar="-- CMD", help="steer this command instead")
-    options = parser.parse_args()
+    arguments, command = _split(sys.argv[1:])
+    options = parser.parse_args(arguments)
     if options.stop:
         for line in page.stop_all(STATES):
             print(line)
@@ -169,9 +178,9 @@ def main() -> int:
     state = make_state()
     kept = False
     try:
-        if options.command:
-            kept = True
-            return steer(state, options.command)
+        if command:
+            kept = not options.no_page
+            return steer(state, command, kept)
         story = tell(state, not options.no_page)
         kept = not options.no_page
         return 1 if story.failures() else 0
