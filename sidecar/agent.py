@@ -107,6 +107,7 @@ class Agent:
         self._kernel_thread = concurrent.futures.ThreadPoolExecutor(1, "kernel")
         self._spool_thread = concurrent.futures.ThreadPoolExecutor(1, "spool")
         self._names_thread = concurrent.futures.ThreadPoolExecutor(1, "names")
+        self._reader_thread = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._listeners: Listeners | None = None
         self._writer: StreamWriter | None = None
         self._own_stream = ""
@@ -116,6 +117,7 @@ class Agent:
         self._cgroup_made = False
         self.holds = HoldDesk(self.instance, self._hold_decided)
         self.stopping = asyncio.Event()
+        self._event_loop = asyncio.get_running_loop()
 
     # -- life
 
@@ -221,7 +223,7 @@ class Agent:
             await asyncio.to_thread(self.collector.wait)
         if self._cgroup_made:
             cgroups.remove(self.instance)
-        for thread in (self._kernel_thread, self._spool_thread, self._names_thread):
+        for thread in (self._kernel_thread, self._spool_thread, self._names_thread, self._reader_thread):
             thread.shutdown(wait=False, cancel_futures=True)
         directory = RUN_DIRECTORY / self.instance
         if directory.is_dir() and not any(directory.iterdir()):
@@ -282,11 +284,7 @@ class Agent:
             self._later(self._kernel_event, event)
 
     def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        self._loop().call_soon_threadsafe(call, *arguments)
-
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        assert self.pool is not None
-        return self._event_loop
+        self._event_loop.call_soon_threadsafe(call, *arguments)
 
     def _kernel_event(self, event: Any) -> None:
         self.refused += 1 if event.refused else 0
@@ -344,6 +342,14 @@ class Agent:
         while True:
             await asyncio.sleep(REFRESH_S)
             await asyncio.get_running_loop().run_in_executor(self._names_thread, self.names.refresh)
+
+    @property
+    def listen_port(self) -> int:
+        return self._listeners.port if self._listeners else 0
+
+    async def in_reader(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Reading records back is slow: a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader_thread, call, *arguments)
 
     async def _spool_call(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """All of the spool's work happens in one thread, in order."""
@@ -570,7 +576,6 @@ class Agent:
 
 async def _run(agent: Agent, ready: Callable[[], Any] | None = None) -> int:
     loop = asyncio.get_running_loop()
-    agent._event_loop = loop
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stopping.set)
     loop.add_signal_handler(signal.SIGHUP, agent.reload_policy)

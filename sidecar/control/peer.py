@@ -142,7 +142,12 @@ def ancestry(pid: int, proc: Path = PROC) -> list[ProcessFacts]:
 
 
 def kinship(
-    peer: Peer, origin: Origin | None, is_steered: Callable[[int, str], bool], proc: Path = PROC
+    peer: Peer,
+    origin: Origin | None,
+    is_steered: Callable[[int, str], bool],
+    *,
+    relay_parent: int,
+    proc: Path = PROC,
 ) -> str | None:
     """Why this peer may not decide a hold of `origin`, or None where it may. A job cannot approve itself.
 
@@ -156,8 +161,8 @@ def kinship(
         return "the process that asks has ended, so nobody can say whose it is"
     if any(is_steered(process.pid, process.cgroup) for process in line):
         return "it comes from inside a steered job"
-    if any(process.pid == os.getpid() for process in line):
-        return None  # the agent's own child: the page, which authorises whoever is behind it
+    if any(process.pid == relay_parent for process in line):
+        return None
     if origin is None:
         return None if peer.uid == 0 else "the origin of the held statement is unknown: only root may decide"
     if any(process.pid == origin.tgid for process in line):

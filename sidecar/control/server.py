@@ -47,14 +47,21 @@ class _NotAllowed(ControlError):
 
 
 class ControlServer:
-    """Serves one instance. `on_refusal` is called for each refused request, and must not block."""
+    """Serves one instance. `on_refusal` is called for each refused request, and must not block. Children of
+    `relay_parent` (default: this process) may decide for others: the embedded collector's page does."""
 
     def __init__(
-        self, path: Path, api: ControlApi, *, on_refusal: Callable[[Refusal], None] = lambda refusal: None
+        self,
+        path: Path,
+        api: ControlApi,
+        *,
+        on_refusal: Callable[[Refusal], None] = lambda refusal: None,
+        relay_parent: int | None = None,
     ) -> None:
         self._path = path
         self._api = api
         self._on_refusal = on_refusal
+        self._relay_parent = os.getpid() if relay_parent is None else relay_parent
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._clients: set[asyncio.Task[None]] = set()
@@ -216,7 +223,9 @@ class ControlServer:
         view = await self._api.hold(_text(request, "id"))
         if view is None:
             raise ControlError("there is no such hold", hint="sidecar approvals list")
-        why_not = kinship(peer, self._api.held_origin(view.id), self._api.is_steered)
+        why_not = kinship(
+            peer, self._api.held_origin(view.id), self._api.is_steered, relay_parent=self._relay_parent
+        )
         if why_not is not None:
             self._refuse(
                 peer,

@@ -15,7 +15,7 @@ import ssl
 import struct
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from sidecar.errors import AuditError
 from sidecar.model.flow import Address, Side
@@ -68,9 +68,8 @@ class Hop(asyncio.Protocol):
         self.lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=limits.WRITE_HIGH_WATER)
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape, not by class
+        self.transport.set_write_buffer_limits(high=limits.WRITE_HIGH_WATER)
 
     def data_received(self, data: bytes) -> None:
         if self.flow is not None:

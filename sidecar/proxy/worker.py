@@ -148,14 +148,14 @@ class Worker:
             flow.engine_changed()
 
     def _take_segment(self, message: link.Segment, descriptors: list[int]) -> None:
-        old = self.writer
+        self._asked_for_segment = False
+        if self.writer is not None and self.writer.stream == message.stream:
+            os.close(self.writer.switch(descriptors[0]))
+            return
         self.writer = StreamWriter(
             descriptors[0], stream=message.stream, host=self.host, head=message.head, next_seq=message.next_seq
         )
-        self._asked_for_segment = False
-        if old is not None:
-            os.close(old.fd)
-        elif not self.servers:
+        if not self.servers:
             self.loop.create_task(self._listen())
 
     async def _listen(self) -> None:
