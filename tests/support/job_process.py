@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _WAITS = "import sys; sys.stdout.write('r'); sys.stdout.flush(); sys.stdin.read()"
-_PARENT = (
-    "import os, subprocess, sys\n"
-    "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={})\n"
-    "child.stdout.read(1)\n"
-    "sys.stdout.write(f'{child.pid}\\n'); sys.stdout.flush()\n"
-    "sys.stdin.read()\n"
-    "child.communicate()\n"
+_PARENT = """
+import subprocess, sys
+child = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}
 )
+child.stdout.read(1)
+sys.stdout.write(f"{child.pid}\\n")
+sys.stdout.flush()
+sys.stdin.read()
+child.communicate()
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 
 class KeyServer:
-    """`mode`: `serve`, `garbage`, `huge`, `error`, `redirect`, `hang`, `dribble`. `requests` counts what came."""
+    """`mode`: `serve`, `garbage`, `huge`, `error`, `redirect`, `hang`, `dribble`. `requests` counts what
+    came."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document

@@ -28,12 +28,12 @@ class Clock:
         return self.now
 
 
-@pytest.fixture()
+@pytest.fixture
 def issuer() -> Issuer:
     return Issuer(keys=[new_key("first", "ES256")])
 
 
-@pytest.fixture()
+@pytest.fixture
 def server(issuer: Issuer) -> Iterator[KeyServer]:
     with key_server(issuer.key_set()) as running:
         yield running

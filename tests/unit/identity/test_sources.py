@@ -1,4 +1,5 @@
-"""Tokens are found in the job's own context, and a job cannot make the supervisor read what it could not read itself."""
+"""Tokens are found in the job's own context, and a job cannot make the supervisor read what it could not read
+itself."""
 
 from __future__ import annotations
 
@@ -23,6 +24,16 @@ ALICE, BOB = 61001, 61002
 ENV = (SourceDocument(env=EnvSource("SIDECAR_ID_TOKEN")),)
 
 
+_CHROOTED = """
+import os, sys
+os.chroot(sys.argv[1])
+os.chdir("/")
+sys.stdout.write("r")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
 def file_source(path: Path | str) -> tuple[SourceDocument, ...]:
     return (SourceDocument(file=FileSource(str(path))),)
 
@@ -42,7 +53,7 @@ def refused(sources: tuple[SourceDocument, ...], context: WorkloadContext) -> st
     return caught.value.reason
 
 
-@pytest.fixture()
+@pytest.fixture
 def place() -> Iterator[Path]:
     with scratch(Path("/run")) as directory:
         yield directory
@@ -107,7 +118,7 @@ def test_the_context_shows_no_environment() -> None:
 # -- files
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_a_file_by_uid(place: Path) -> None:
     for uid in (ALICE, BOB):
         write(place / str(uid), f"token-of-{uid}", uid=uid)
@@ -115,7 +126,7 @@ def test_a_file_by_uid(place: Path) -> None:
             assert found(file_source(place / "{uid}"), context_of(pid, uid)) == f"token-of-{uid}"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_a_file_that_the_job_may_not_read_itself(place: Path) -> None:
     """A broker's token in a directory that only root enters: the script never holds it."""
     place.chmod(0o700)
@@ -124,7 +135,7 @@ def test_a_file_that_the_job_may_not_read_itself(place: Path) -> None:
         assert found(file_source(place / "{uid}"), context_of(pid, ALICE)) == "never-held"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_a_missing_file_is_no_error(place: Path) -> None:
     place.chmod(0o700)
     with job(uid=ALICE) as pid:
@@ -133,7 +144,7 @@ def test_a_missing_file_is_no_error(place: Path) -> None:
             assert found(file_source(path), context) is None
 
 
-@pytest.mark.root()
+@pytest.mark.root
 @pytest.mark.parametrize("owner_mode", [(BOB, 0o600), (0, 0o600), (BOB, 0o644)])
 def test_a_link_to_a_strangers_token_gains_nothing(place: Path, owner_mode: tuple[int, int]) -> None:
     owner, mode = owner_mode
@@ -150,7 +161,7 @@ def test_a_link_to_a_strangers_token_gains_nothing(place: Path, owner_mode: tupl
         assert refused(file_source(link), context_of(pid, ALICE)) == "source_unsafe"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_a_root_file_in_a_users_place_is_not_read_as_root(place: Path) -> None:
     """Alice cannot read it, and her directory decides what stands there."""
     home = place / "alice"
@@ -161,7 +172,7 @@ def test_a_root_file_in_a_users_place_is_not_read_as_root(place: Path) -> None:
         assert refused(file_source(home / "token"), context_of(pid, ALICE)) == "source_unsafe"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_supplementary_groups_count_and_ours_do_not(place: Path) -> None:
     shared = write(place / "shared", "group-token")
     os.chown(shared, 0, 61050)
@@ -178,7 +189,7 @@ def test_supplementary_groups_count_and_ours_do_not(place: Path) -> None:
         assert refused(file_source(link), context_of(pid, ALICE)) == "source_unsafe"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_our_own_identity_is_the_same_afterwards(place: Path) -> None:
     before = Path("/proc/thread-self/status").read_text().split("Groups:")[1].split("\n")[0]
     write(place / str(ALICE), "x", uid=ALICE)
@@ -191,7 +202,7 @@ def test_our_own_identity_is_the_same_afterwards(place: Path) -> None:
     assert write(place / "root-only", "y").read_text() == "y"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_other_threads_keep_theirs_meanwhile(place: Path) -> None:
     """setfsuid and the groups are of one thread: a neighbour that reads as root all the while never fails."""
     write(place / str(ALICE), "x", uid=ALICE)
@@ -216,7 +227,7 @@ def test_other_threads_keep_theirs_meanwhile(place: Path) -> None:
     assert failures == []
 
 
-@pytest.mark.root()
+@pytest.mark.root
 @pytest.mark.parametrize("kind", ["fifo", "device", "directory", "stranger's", "world-writable"])
 def test_what_is_no_safe_file(place: Path, kind: str) -> None:
     path = place / "token"
@@ -235,14 +246,14 @@ def test_what_is_no_safe_file(place: Path, kind: str) -> None:
         assert refused(file_source(path), context_of(pid, ALICE)) == "source_unsafe"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_a_file_that_is_too_large(place: Path) -> None:
     write(place / "token", "x" * 70_000)
     with job() as pid:
         assert refused(file_source(place / "token"), context_of(pid)) == "too_large"
 
 
-@pytest.mark.root()
+@pytest.mark.root
 @pytest.mark.parametrize(
     "target", ["/token-of-host", "../../../../../../token-of-host", "/proc/self/root/token-of-host"]
 )
@@ -253,14 +264,7 @@ def test_a_link_does_not_lead_out_of_a_jobs_root(place: Path, target: str) -> No
     (jail / "run" / "token").symlink_to(target.replace("/token-of-host", f"{place}/token-of-host"))
     write(place / "token-of-host", "stolen", mode=0o644)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-I",
-            "-c",
-            f"import os, sys; os.chroot({str(jail)!r}); os.chdir('/'); sys.stdout.write('r'); sys.stdout.flush(); sys.stdin.read()",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-I", "-c", _CHROOTED, str(jail)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert process.stdout is not None
@@ -299,7 +303,7 @@ def test_a_users_name_cannot_leave_the_template(monkeypatch: pytest.MonkeyPatch,
     assert expand_path("/home/{user}/token", 1, 1, 1) is None
 
 
-@pytest.mark.root()
+@pytest.mark.root
 def test_who_decides_what_a_path_means(place: Path) -> None:
     assert only_root_placed(str(place))
     assert not only_root_placed("/tmp/x")

@@ -24,7 +24,7 @@ ISSUED = Issuer(keys=[new_key("key-1"), new_key("key-2", "ES256"), new_key("key-
 STRANGER = new_key("stranger")
 
 
-@pytest.fixture()
+@pytest.fixture
 def verifier(tmp_path: Path) -> Verifier:
     return Verifier((IssuerDocument(ISSUER, AUDIENCE, str(ISSUED.jwks(tmp_path))),))
 
@@ -68,7 +68,8 @@ def _pem() -> bytes:
 
 
 def _hmac_with_public_key(secret: bytes, algorithm: str = "HS256") -> str:
-    """The classic confusion: the public key as HMAC secret. PyJWT refuses to make it, so that it is made here."""
+    """The classic confusion: the public key as HMAC secret. PyJWT refuses to make it, so that it is made
+    here."""
     import hashlib
     import hmac
 
@@ -144,7 +145,11 @@ FORGED: list[tuple[str, str, Callable[[], str]]] = [
     ("too large", "too_large", lambda: ISSUED.token(padding="x" * 70_000)),
     ("sub is endless", "too_large", lambda: ISSUED.token(sub="s" * 2000)),
     ("crit", "critical_header", lambda: ISSUED.token(headers={"crit": ["exp"], "exp": 1})),
-    ("unencoded payload", "critical_header", lambda: hand_made({"alg": "RS256", "b64": False}, ISSUED.claims())),
+    (
+        "unencoded payload",
+        "critical_header",
+        lambda: hand_made({"alg": "RS256", "b64": False}, ISSUED.claims()),
+    ),
     ("another issuer", "unknown_issuer", lambda: ISSUED.token(iss="https://attacker.test")),
     ("issuer with a slash more", "unknown_issuer", lambda: ISSUED.token(iss=ISSUER + "/")),
     ("issuer in capitals", "unknown_issuer", lambda: ISSUED.token(iss=ISSUER.upper())),
@@ -152,18 +157,38 @@ FORGED: list[tuple[str, str, Callable[[], str]]] = [
     ("issuer is a list", "unknown_issuer", lambda: _raw(_claims_text(iss=[ISSUER]))),
     ("alg none", "algorithm_refused", lambda: hand_made({"alg": "none"}, ISSUED.claims(), b"")),
     ("alg None", "algorithm_refused", lambda: hand_made({"alg": "None"}, ISSUED.claims(), b"")),
-    ("alg nOnE with kid", "algorithm_refused", lambda: hand_made({"alg": "nOnE", "kid": "key-1"}, ISSUED.claims())),
+    (
+        "alg nOnE with kid",
+        "algorithm_refused",
+        lambda: hand_made({"alg": "nOnE", "kid": "key-1"}, ISSUED.claims()),
+    ),
     ("HS256 with the public key", "algorithm_refused", lambda: _hmac_with_public_key(_pem())),
-    ("HS256 with the key set", "algorithm_refused", lambda: _hmac_with_public_key(json.dumps(ISSUED.key_set()).encode())),
+    (
+        "HS256 with the key set",
+        "algorithm_refused",
+        lambda: _hmac_with_public_key(json.dumps(ISSUED.key_set()).encode()),
+    ),
     ("HS256 with nothing", "algorithm_refused", lambda: _hmac_with_public_key(b"")),
     ("hs256 in small letters", "algorithm_refused", lambda: _hmac_with_public_key(_pem(), "hs256")),
-    ("alg that nobody knows", "algorithm_refused", lambda: hand_made({"alg": "RS1", "kid": "key-1"}, ISSUED.claims())),
+    (
+        "alg that nobody knows",
+        "algorithm_refused",
+        lambda: hand_made({"alg": "RS1", "kid": "key-1"}, ISSUED.claims()),
+    ),
     ("PS256 for a key declared RS256", "algorithm_refused", _swapped_header),
     ("RS256 naming an EC key", "algorithm_refused", lambda: ISSUED.token(headers={"kid": "key-2"})),
     ("unknown kid", "unknown_key", lambda: ISSUED.token(headers={"kid": "key-9"})),
     ("empty kid", "malformed", lambda: ISSUED.token(headers={"kid": ""})),
-    ("a stranger's key under our kid", "bad_signature", lambda: ISSUED.token(key=STRANGER, headers={"kid": "key-1"})),
-    ("a stranger's key without kid", "bad_signature", lambda: ISSUED.token(key=STRANGER, headers={"kid": None})),
+    (
+        "a stranger's key under our kid",
+        "bad_signature",
+        lambda: ISSUED.token(key=STRANGER, headers={"kid": "key-1"}),
+    ),
+    (
+        "a stranger's key without kid",
+        "bad_signature",
+        lambda: ISSUED.token(key=STRANGER, headers={"kid": None}),
+    ),
     ("key in the header", "bad_signature", _embedded_key),
     ("changed claims", "bad_signature", _tampered),
     ("one bit of the signature", "bad_signature", _flipped_signature),
@@ -180,7 +205,7 @@ FORGED: list[tuple[str, str, Callable[[], str]]] = [
     ("audience is an object", "wrong_audience", lambda: _raw(_claims_text(aud={AUDIENCE: 1}))),
     ("not valid yet", "not_yet_valid", lambda: ISSUED.token(nbf=NOW + 3600)),
     ("issued in the future", "issued_in_future", lambda: ISSUED.token(iat=NOW + 3600, nbf=None)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("reason", "make"), [row[1:] for row in FORGED], ids=[row[0] for row in FORGED])
