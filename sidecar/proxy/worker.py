@@ -33,7 +33,7 @@ from sidecar.model.record import Record
 from sidecar.model.verdict import Engine
 from sidecar.policy import builtin_policy, load_policy
 from sidecar.proxy import limits, link
-from sidecar.proxy.driver import FlowDriver, Hop
+from sidecar.proxy.driver import PAUSE_SPOOL, FlowDriver, Hop
 from sidecar.session.commands import OpenHold, SessionLimits
 from sidecar.session.context import SessionContext
 from sidecar.session.factory import make_session
@@ -46,18 +46,34 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 class Accepted(Hop):
     """A client that has connected and is not known yet: not read until the supervisor has said who it is."""
 
-    __slots__ = ("resolve_id", "worker")
+    __slots__ = ("early", "resolve_id", "worker")
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(Side.CLIENT)
         self.worker = worker
         self.resolve_id = 0
+        self.early: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         assert self.transport is not None
         self.transport.pause_reading()
         self.worker.accepted(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.flow is not None:
+            self.flow.received(self, data)
+            return
+        # uvloop starts reading after connection_made, whatever was paused there: one chunk comes through.
+        self.early.append(data)
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        if self.flow is None:
+            self.early.append(b"")
+            return True
+        return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -237,10 +253,16 @@ class Worker:
         driver = FlowDriver(self, hop, session, facts.flow, facts.target.address, facts.target.protocol)
         self.flows[facts.flow] = driver
         driver.start()
+        early, hop.early = hop.early, []
+        for data in early:
+            if data:
+                driver.received(hop, data)
+            else:
+                driver.ended(hop)
         if not driver.closed and hop.transport is not None and not hop.lost:
             if self.blocked:
-                hop.paused |= 4
-            elif not hop.paused:
+                hop.paused |= PAUSE_SPOOL
+            if not hop.paused and not hop.transport.is_closing():
                 hop.transport.resume_reading()
 
     # -- what drivers ask for
