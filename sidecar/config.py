@@ -182,9 +182,11 @@ def load_config(path: Path | None) -> Config:
             file=str(path),
             line=error.object[: error.start].count(b"\n") + 1,
         ) from error
-    check = Checker(read_document(text, str(path))[1], path)
+    data, lines = read_document(text, str(path))
+    check = Checker(lines, path)
     check.refuse_unbuilt()
-    document = load_document(text, str(path), ConfigurationDocument)
+    check.ports(data)
+    document = load_document(text, str(path), ConfigurationDocument) if data else ConfigurationDocument()
     check.document(document)
     return _typed(document, path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 from urllib.parse import SplitResult, urlsplit
 
 from sidecar.config_document import (
@@ -17,12 +17,14 @@ from sidecar.config_document import (
     CgroupScope,
     ConfigurationDocument,
     IssuerDocument,
+    ProtocolName,
     SourceDocument,
     TargetDocument,
 )
 from sidecar.documents import Lines, nearest, parse_duration, parse_size
 from sidecar.errors import ConfigurationError
 
+PROTOCOLS: Final[tuple[str, ...]] = get_args(ProtocolName)
 MAX_PORTS: Final = 1024
 MAX_TARGETS: Final = 4096
 MIN_SPOOL_BYTES: Final = 1024 * 1024
@@ -106,6 +108,23 @@ class Checker:
                     f"{what} is not supported yet in this version",
                     *path,
                     hint="remove it; docs/configuration.md lists what is supported",
+                )
+
+    def ports(self, data: object) -> None:
+        """Before the shape is looked at, because its errors do not say which entry of a mapping is wrong."""
+        steering = data.get("steering") if isinstance(data, dict) else None
+        ports = steering.get("ports") if isinstance(steering, dict) else None
+        for port, protocol in ports.items() if isinstance(ports, dict) else ():
+            if isinstance(port, bool) or not isinstance(port, int):
+                raise self.fail(f"{port!r} is no TCP port", "steering", "ports", port, hint="1 to 65535")
+            if protocol not in PROTOCOLS:
+                near = nearest(str(protocol), list(PROTOCOLS))
+                raise self.fail(
+                    f"{protocol!r} is no protocol",
+                    "steering",
+                    "ports",
+                    port,
+                    hint=f"did you mean {near}?" if near else "valid: " + ", ".join(PROTOCOLS),
                 )
 
     def size(self, value: str | int, *path: Step, low: int = 0, high: int | None = None) -> int:
