@@ -114,8 +114,8 @@ class KeySet:
 
     @property
     def error(self) -> str:
-        """Why the last fetch failed; empty where it did not."""
-        return self._error
+        """Why the keys could not be read last time; empty where they could, or were not needed yet."""
+        return self._error if self._failed else ""
 
     def _named(self, kid: str | None) -> tuple[PublicKey, ...]:
         """A key set may leave `kid` out, and so may a token (RFC 7517, section 4.5): then every key is a
@@ -169,7 +169,12 @@ class KeySet:
             if not self._fetching:
                 self._fetching = True
                 self._tried = self._clock()
-                threading.Thread(target=self._run_fetch, name="jwks", daemon=True).start()
+                try:
+                    threading.Thread(target=self._run_fetch, name="jwks", daemon=True).start()
+                except RuntimeError as error:  # the process may start no more threads
+                    self._fetching = False
+                    self._refuse(str(error))
+                    return
             while self._fetching:
                 left = deadline - time.monotonic()
                 if left <= 0:

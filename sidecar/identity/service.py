@@ -83,6 +83,10 @@ class IdentityService:
             principal = dataclasses.replace(principal, source=found.source)
         return Identified(principal, found.token, None)
 
+    def problems(self) -> tuple[str, ...]:
+        """Of issuers whose keys could not be read or fetched last time: who, and why. For `status`."""
+        return self._verifier.problems()
+
     def _judge(self, token: Secret, source: str) -> _Verdict:
         digest = hashlib.sha256(token.reveal().encode("utf-8", "surrogateescape")).digest()
         now = time.time()

@@ -92,6 +92,10 @@ class Verifier:
             source=source,
         )
 
+    def problems(self) -> tuple[str, ...]:
+        """Of issuers whose keys could not be read or fetched last time: who, and why. For `status`."""
+        return tuple(f"{name}: {keys.error}" for name, (_, keys) in self._issuers.items() if keys.error)
+
     def _issuer(self, claims: dict[str, Any]) -> tuple[IssuerDocument, KeySet]:
         named = claims.get("iss")
         known = self._issuers.get(named) if isinstance(named, str) else None

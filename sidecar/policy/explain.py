@@ -26,6 +26,7 @@ class RuleTrace:
     action: str
     matched: Answer
     selectors: tuple[tuple[str, Answer], ...]
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,17 @@ class TestResult:
 def explain(policy: Policy, operation: Operation, facts: FlowFacts) -> Explanation:
     """Judge, and show how every rule came out."""
     analysis = sql.analyse(operation.text) if isinstance(operation, SqlOperation) else None
-    traces, needs = [], set()
+    traces: list[RuleTrace] = []
     for rule in policy.rules:
         answers = []
+        needs: set[str] = set()
         for selector in rule.selectors:
             subject = Subject(operation, facts, analysis)
             answers.append((selector.name, selector.test(subject)))
             needs |= subject.needs
         action = rule.action.value if rule.action else "mask"
-        traces.append(RuleTrace(rule.name, action, rule.holds(Subject(operation, facts, analysis)), tuple(answers)))
-    return Explanation(policy.evaluate(operation, facts), tuple(traces), tuple(sorted(needs)))
+        traces.append(RuleTrace(rule.name, action, rule.holds(Subject(operation, facts, analysis)), tuple(answers), tuple(sorted(needs))))
+    return Explanation(policy.evaluate(operation, facts), tuple(traces), tuple(sorted({fact for trace in traces for fact in trace.needs})))
 
 
 def subject_of(given: Given) -> tuple[Operation, FlowFacts]:
@@ -121,8 +123,8 @@ def run_case(policy: Policy, case: Case) -> TestResult:
     found = explain(policy, operation, facts)
     verdict = found.verdict
     deciding = next((trace for trace in found.rules if trace.rule == verdict.rule), None)
-    if deciding is not None and deciding.matched is None and found.needs and verdict.action is not Action.INVALID:
-        return TestResult(case.name, False, "undecided: needs " + ", ".join(found.needs))
+    if deciding is not None and deciding.matched is None and deciding.needs and verdict.action is not Action.INVALID:
+        return TestResult(case.name, False, "undecided: needs " + ", ".join(deciding.needs))
     if verdict.action.value != case.expect.action:
         return TestResult(case.name, False, f"expected {case.expect.action}, got {verdict.action.value} by {verdict.rule or 'default'}: {verdict.reason}")
     if case.expect.rule is not None and verdict.rule != case.expect.rule:
