@@ -27,7 +27,9 @@ _STRONG: Final = (
 _WEAK: Final = r"pass|pwd|auth|authorization|creds?|cookie|jwt|sas"
 """Hidden only as a word of their own: `--auth`, `REDISCLI_AUTH`, but not `--author`."""
 _SECRET: Final = rf"(?:{_STRONG}|(?<![a-z0-9])(?:{_WEAK})(?![a-z]))[\w.-]{{0,40}}"
-_VALUE: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.|'')*'|[^\s;&,\"']+"
+_VALUE: Final = r"(?:\"(?:[^\"\\]|\\.)*(?:\"|\\?$)|'(?:[^'\\]|\\.)*(?:'|\\?$)|[^\s;&,\"'])+"
+"""A value as a shell, libpq or JSON would write it: pieces side by side, quoted or not; an open quote goes to
+the end."""
 
 _HINTS: Final = tuple(
     [

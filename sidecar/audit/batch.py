@@ -73,7 +73,7 @@ class Batch:
     def decode(cls, data: bytes) -> Batch:
         """Raises AuditError."""
         try:
-            found: Any = msgpack.unpackb(data, raw=False, max_buffer_size=2 * MAX_BATCH_BYTES)
+            found: Any = msgpack.unpackb(data, raw=False)
             batch = cls(found["header"], found["sig"], found["key"], tuple(found["records"]))
             if not all(isinstance(part, bytes) for part in (batch.header, batch.signature, batch.key, *batch.records)):
                 raise ValueError("types")

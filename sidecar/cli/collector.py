@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
@@ -12,6 +13,21 @@ import uvicorn
 from sidecar.errors import ConfigurationError
 
 DEFAULT_DATA = Path("/var/lib/sidecar/collector")
+
+
+class Page:
+    """collector.approvals.ApprovalsGateway over the control sockets of this host."""
+
+    def __init__(self) -> None:
+        from sidecar.control.client import Approvals
+
+        self._approvals = Approvals()
+
+    def list(self) -> Any:
+        return self._approvals.views()
+
+    def decide(self, hold_id: str, approve: bool, by: str, reason: str) -> Any:
+        return self._approvals.decide_view(hold_id, approve, by=by, reason=reason)
 
 
 @click.command()
@@ -22,7 +38,6 @@ def collector(config_file: Path | None, listen: str, data: Path) -> None:
     """The upstream: takes signed batches, stores them, answers with receipts; pages and API."""
     from sidecar.collector.app import TOKEN_FILE, create_app, page_token
     from sidecar.collector.store import Store
-    from sidecar.control.client import Approvals
 
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
@@ -44,7 +59,7 @@ def collector(config_file: Path | None, listen: str, data: Path) -> None:
         )
     logging.getLogger().setLevel(logging.INFO)
     store = Store(data)
-    app = create_app(store, Approvals(), token=page_token(data), enrolment=enrolment, hosts=frozenset({host, "localhost"}))
+    app = create_app(store, Page(), token=page_token(data), enrolment=enrolment, hosts=frozenset({host, "localhost"}))
     click.echo(f"http://{listen}  (approvals: the token is in {data / TOKEN_FILE})", err=True)
     try:
         uvicorn.run(app, host=host, port=int(port), log_level="warning", access_log=False, server_header=False)
