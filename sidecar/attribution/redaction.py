@@ -27,9 +27,14 @@ _STRONG: Final = (
 _WEAK: Final = r"pass|pwd|auth|authorization|creds?|cookie|jwt|sas"
 """Hidden only as a word of their own: `--auth`, `REDISCLI_AUTH`, but not `--author`."""
 _SECRET: Final = rf"(?:{_STRONG}|(?<![a-z0-9])(?:{_WEAK})(?![a-z]))[\w.-]{{0,40}}"
-_VALUE: Final = r"(?:\"(?:[^\"\\]|\\.)*(?:\"|\\?$)|'(?:[^'\\]|\\.)*(?:'|\\?$)|[^\s;&,\"'])+"
-"""A value as a shell, libpq or JSON would write it: pieces side by side, quoted or not; an open quote goes to
-the end."""
+_QUOTED: Final = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+_OPEN: Final = r"\"(?:[^\"\\]|\\.)*\\?$|'(?:[^'\\]|\\.)*\\?$"
+_BARE: Final = r"[^\s;&,\"']"
+_VALUE: Final = (
+    rf"(?:(?:{_QUOTED})(?:{_BARE}|{_QUOTED})*(?:{_OPEN})?|{_OPEN}|{_BARE}(?:{_BARE}|\"[^\"\s]*\"|'[^'\s]*')*)"
+)
+"""A value as a shell, libpq or JSON would write it: pieces side by side, quoted or not; an open quote goes to the
+end. Behind a bare piece, a quote with blanks in it is taken for one that encloses the whole."""
 
 _HINTS: Final = tuple(
     [

@@ -74,7 +74,12 @@ def test_memory_is_bounded(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 V2 = f"0::/system.slice/docker-{ID}.scope\n"
-HYBRID = f"12:devices:/docker/{ID}\n11:cpu,cpuacct:/docker/{ID}\n1:name=systemd:/docker/{ID}\n0::/system.slice/docker.service\n"
+HYBRID = f"""\
+12:devices:/docker/{ID}
+11:cpu,cpuacct:/docker/{ID}
+1:name=systemd:/docker/{ID}
+0::/system.slice/docker.service
+"""
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ HIDDEN = [
     (f"env MYSQL_PWD={SECRET} mysql", "env MYSQL_PWD=**** mysql"),
     (f"env AWS_SECRET_ACCESS_KEY={SECRET} aws s3 ls", "env AWS_SECRET_ACCESS_KEY=**** aws s3 ls"),
     (f"bash|-c|PGPASSWORD='{SECRET} x' psql -c 'select 1'", "bash|-c|PGPASSWORD=**** psql -c 'select 1'"),
+    (f"bash|-c|PGPASSWORD=''{SECRET} psql", "bash|-c|PGPASSWORD=**** psql"),
+    (f"bash|-c|PGPASSWORD=\"a\"'{SECRET}' psql", "bash|-c|PGPASSWORD=**** psql"),
+    (f'bash|-c|PGPASSWORD="{SECRET}', "bash|-c|PGPASSWORD=****"),
+    (f"bash|-c|PGPASSWORD='{SECRET} never closed", "bash|-c|PGPASSWORD=****"),
     (f"bash|-c|mytool --api-key {SECRET} go", "bash|-c|mytool --api-key **** go"),
     (f"curl|-H|Authorization: Bearer {SECRET}|http://api", "curl|-H|Authorization: ****|http://api"),
     (f"curl|-HAuthorization: Basic {SECRET}", "curl|-HAuthorization: ****"),
@@ -131,6 +135,10 @@ def test_a_long_argument_is_cut_and_says_so() -> None:
         "a://" * 1500,
         "token " * 1000,
         "eyJ" * 2000 + ".",
+        "password=" + "a'b'" * 1500 + "'",
+        "password='" + "\\" * 4000,
+        "password=" + "'" * 4001,
+        'token="' * 800,
     ],
 )
 def test_a_hostile_argument_costs_little(hostile: str) -> None:

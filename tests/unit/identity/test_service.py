@@ -118,9 +118,14 @@ def test_a_withdrawn_key_takes_effect(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_heals_is_asked_again(tmp_path: Path) -> None:
     identity = IdentityService(configuration(tmp_path / "jwks.json"))
     token = ISSUED.token()
+    assert identity.problems() == ()
     assert identity.identify(context(token)).error == "keys_unavailable"
+    (problem,) = identity.problems()
+    assert problem.startswith(f"{ISSUER}: ")
+    assert "jwks.json" in problem
     ISSUED.jwks(tmp_path)
     assert identity.identify(context(token)).principal is not None
+    assert identity.problems() == ()
 
 
 def test_maximum_age(tmp_path: Path) -> None:
