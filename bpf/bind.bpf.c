@@ -1,5 +1,6 @@
-/* cgroup/bind4, cgroup/bind6: the listening port is ours even while no inspector runs. Attached at the cgroup root, because
- * anyone who got the port would receive the steered connections of others. */
+/* cgroup/bind4, cgroup/bind6: the listening port is ours even while no
+ * inspector runs. Attached at the cgroup root, because anyone who got the port
+ * would receive the steered connections of others. */
 
 static __always_inline int sidecar_bind(struct bpf_sock_addr *ctx)
 {

@@ -1,5 +1,5 @@
-/* cgroup/connect4, cgroup/connect6: mark what is to be steered and note who dialled what.
- * Returns 1 to go on, 0 to refuse with EPERM. */
+/* cgroup/connect4, cgroup/connect6: mark what is to be steered and note who
+ * dialled what. Returns 1 to go on, 0 to refuse with EPERM. */
 
 static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sidecar_origin *origin)
 {
@@ -49,7 +49,8 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
     }
     if (origin->original.family == SIDECAR_AF_INET6 && origin->original.bytes[0] == 0xfe &&
         (origin->original.bytes[1] & 0xc0) == 0x80) {
-        /* Scoped: the kernel binds the socket to a device after this hook, and a redirect would time out. */
+        /* Scoped: the kernel binds the socket to a device after this hook, and a
+         * redirect would time out. */
         sidecar_tell(SIDECAR_EVENT_LINK_LOCAL, 1, origin);
         return 0;
     }

@@ -1,7 +1,9 @@
-/* cgroup_skb/egress: the guard. A packet of a steered socket leaves only towards our listener, whatever became of the mark,
- * the table or the order of foreign rules; and the first one says, after NAT, whose connection the listener is about to see.
- * Also refuses QUIC on connected UDP sockets, where connect() must not be refused (getaddrinfo connects to sort).
- * Returns 1 to pass, 0 to drop. */
+/* cgroup_skb/egress: the guard. A packet of a steered socket leaves only
+ * towards our listener, whatever became of the mark, the table or the order of
+ * foreign rules; and the first one says, after NAT, whose connection the
+ * listener is about to see. Also refuses QUIC on connected UDP sockets, where
+ * connect() must not be refused (getaddrinfo connects to sort). Returns 1 to
+ * pass, 0 to drop. */
 
 static __always_inline int sidecar_is_listener(struct sidecar_flow_key *key, u32 port)
 {
@@ -46,7 +48,8 @@ int sidecar_egress(struct __sk_buff *skb)
         bpf_skb_load_bytes(skb, 16, &v4, 4);
         sidecar_set4(key.destination, v4);
     } else {
-        /* Our own stack puts no extension header before TCP of a steered socket; with one, the guard drops below. */
+        /* Our own stack puts no extension header before TCP of a steered socket;
+         * with one, the guard drops below. */
         offset = 40;
         if (bpf_skb_load_bytes(skb, 6, &proto, 1))
             return origin ? 0 : 1;

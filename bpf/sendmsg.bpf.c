@@ -1,5 +1,5 @@
-/* cgroup/sendmsg4, cgroup/sendmsg6: QUIC (UDP 443) by sendto and sendmsg is refused with EPERM, so that clients fall back to
- * TCP, which is steered. */
+/* cgroup/sendmsg4, cgroup/sendmsg6: QUIC (UDP 443) by sendto and sendmsg is
+ * refused with EPERM, so that clients fall back to TCP, which is steered. */
 
 static __always_inline int sidecar_sendmsg(struct bpf_sock_addr *ctx, struct sidecar_origin *origin)
 {

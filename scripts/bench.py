@@ -65,13 +65,28 @@ class Servers:
         data = directory / "data"
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": directory}
         subprocess.run(
-            as_postgres(str(self.bin / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres", "--no-sync"),
+            as_postgres(
+                str(self.bin / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres", "--no-sync"
+            ),
             check=True,
             **quiet,
         )
-        options = f"-c port={self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} -c fsync=off -c max_connections=300 -c ssl=off"
+        options = (
+            f"-c port={self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} "
+            "-c fsync=off -c max_connections=300 -c ssl=off"
+        )
         subprocess.run(
-            as_postgres(str(self.bin / "pg_ctl"), "-D", str(data), "-w", "-o", options, "-l", str(directory / "log"), "start"),
+            as_postgres(
+                str(self.bin / "pg_ctl"),
+                "-D",
+                str(data),
+                "-w",
+                "-o",
+                options,
+                "-l",
+                str(directory / "log"),
+                "start",
+            ),
             check=True,
             **quiet,
         )
@@ -83,9 +98,14 @@ class Servers:
             f"default_pool_size = 100\nunix_socket_dir =\nlogfile = {directory}/bouncer.log\n"
         )
         (directory / "pgbouncer.ini").write_text(
-            (directory / "pgbouncer.ini").read_text().replace("port=%d" % self.port, "port=%d user=postgres" % self.port)
+            (directory / "pgbouncer.ini")
+            .read_text()
+            .replace(f"port={self.port}", f"port={self.port} user=postgres")
         )
-        self.bouncer = subprocess.Popen(as_postgres(shutil.which("pgbouncer") or "/usr/sbin/pgbouncer", str(directory / "pgbouncer.ini")), **quiet)
+        self.bouncer = subprocess.Popen(
+            as_postgres(shutil.which("pgbouncer") or "/usr/sbin/pgbouncer", str(directory / "pgbouncer.ini")),
+            **quiet,
+        )
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with socket.socket() as sock:
@@ -115,7 +135,12 @@ class Servers:
         tool = str(self.bin / command[0]) if (self.bin / command[0]).exists() else command[0]
         environment = {**os.environ, "PGSSLMODE": "disable"}
         done = subprocess.run(
-            [*prefix, tool, *command[1:]], capture_output=True, text=True, env=environment, timeout=300, check=False
+            [*prefix, tool, *command[1:]],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            check=False,
         )
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
@@ -157,7 +182,8 @@ sys.stdin.read()
 def worker_memory(servers: Servers, config: Path) -> tuple[int, int]:
     """(flows, largest resident set of a worker in bytes) with 200 flows open that have run statements."""
     child = subprocess.Popen(
-        [str(SIDECAR), "exec", "-c", str(config), "--", str(CHECKOUT / ".venv/bin/python"), "-c", MEMORY_CLIENT, str(servers.port), str(SIDECAR)],
+        [str(SIDECAR), "exec", "-c", str(config), "--", str(CHECKOUT / ".venv/bin/python"), "-c",
+         MEMORY_CLIENT, str(servers.port), str(SIDECAR)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PGSSLMODE": "disable"},
     )  # fmt: skip
     try:
@@ -165,7 +191,9 @@ def worker_memory(servers: Servers, config: Path) -> tuple[int, int]:
         flows = int(child.stdout.readline() or 0)
         time.sleep(1.0)
         largest = 0
-        workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False).stdout.split()
+        workers = subprocess.run(
+            ["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
         for pid in workers:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             if b"sidecar.proxy.worker" in command:
@@ -204,19 +232,36 @@ def main() -> int:
                 for _ in range(arguments.rounds):
                     for kind in ("steered", "pgbouncer"):
                         if kind == "steered":
-                            value = servers.tps(mode, clients, arguments.seconds, servers.port, steered=config)
+                            value = servers.tps(
+                                mode, clients, arguments.seconds, servers.port, steered=config
+                            )
                         else:
                             value = servers.tps(mode, clients, arguments.seconds, servers.bouncer_port)
                         after = servers.tps(mode, clients, arguments.seconds, servers.port)
                         ratios[kind].append(value / ((before + after) / 2))
                         best = max(best, before, after)
                         before = after
-                rows.append({"mode": mode, "clients": clients, "direct_tps": round(best), **{k: [min(v), statistics.median(v), max(v)] for k, v in ratios.items()}})
+                rows.append(
+                    {
+                        "mode": mode,
+                        "clients": clients,
+                        "direct_tps": round(best),
+                        **{k: [min(v), statistics.median(v), max(v)] for k, v in ratios.items()},
+                    }
+                )
                 if not arguments.json:
                     if len(rows) == 1:
-                        print(f"{'pgbench -S':<22}{'direct tps':>12}{'steered / direct':>22}{'pgbouncer / direct':>22}")
-                    cells = ["/".join(f"{x:.2f}" for x in rows[-1][kind]) for kind in ("steered", "pgbouncer")]  # type: ignore[attr-defined]
-                    print(f"{mode + ', ' + str(clients) + ' client' + ('s' if clients > 1 else ''):<22}{best:>12.0f}{cells[0]:>22}{cells[1]:>22}", flush=True)
+                        print(
+                            f"{'pgbench -S':<22}{'direct tps':>12}{'steered / direct':>22}{'pgbouncer / direct':>22}"
+                        )
+                    label = f"{mode}, {clients} client{'s' if clients > 1 else ''}"
+                    cells = [
+                        "/".join(f"{x:.2f}" for x in rows[-1][kind]) for kind in ("steered", "pgbouncer")
+                    ]  # type: ignore[attr-defined]
+                    print(
+                        f"{label:<22}{best:>12.0f}{cells[0]:>22}{cells[1]:>22}",
+                        flush=True,
+                    )
         medians = [row["steered"][1] for row in rows]  # type: ignore[index]
         summary: dict[str, object] = {"rows": rows, "steered_median": statistics.median(medians)}
         if not arguments.no_memory:

@@ -31,7 +31,8 @@ from sidecar.audit.shipper import Shipper
 from sidecar.audit.spool import Spool, StreamHandle, StreamWriter
 from sidecar.config import Config
 from sidecar.control.protocol import RUN_DIRECTORY, DriftStatus, socket_path
-from sidecar.control.server import ControlServer, Refusal as ControlRefusal
+from sidecar.control.server import ControlServer
+from sidecar.control.server import Refusal as ControlRefusal
 from sidecar.errors import AuditError, PrerequisiteError, SidecarError
 from sidecar.identity.assertion import AssertionSigner
 from sidecar.identity.service import IdentityService
@@ -74,7 +75,9 @@ def worker_identity() -> tuple[int, int]:
 class Agent:
     """One instance. `start`, then `serve` or a command, then `stop`; `stop` is safe after a failed `start`."""
 
-    def __init__(self, config: Config, *, mode: str, policy: Path | None = None, command: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, config: Config, *, mode: str, policy: Path | None = None, command: tuple[str, ...] = ()
+    ) -> None:
         self.config = config
         self.mode = mode
         self.command = command
@@ -135,7 +138,9 @@ class Agent:
         cgroups.move(os.getpid(), inspector)
         if self.mode == "exec":
             self.job_cgroup = job
-        self.spool = Spool(config.audit.directory, self.host, max_bytes=config.audit.max_bytes, on_full=config.audit.on_full)
+        self.spool = Spool(
+            config.audit.directory, self.host, max_bytes=config.audit.max_bytes, on_full=config.audit.on_full
+        )
         handle = await self._spool_call(self.spool.open_stream, "supervisor")
         self._own_stream = handle.stream
         self._writer = StreamWriter(
@@ -260,7 +265,8 @@ class Agent:
         """The heartbeat that lets covered connections through: written only after the kernel state was verified, and only
         while a worker accepts."""
         loop = asyncio.get_running_loop()
-        assert self.steering is not None and self.pool is not None
+        assert self.steering is not None
+        assert self.pool is not None
         while True:
             if self.pool.healthy:
                 try:
@@ -276,7 +282,11 @@ class Agent:
             self.drift_count += 1
             self.drifts.append(DriftStatus(drift.name, drift.detail, drift.repaired, time.time_ns()))
             reason = GapReason.HOOK_DETACHED if "hook" in drift.name else GapReason.TABLE_CHANGED
-            self._later(self.record_gap, reason, f"{drift.name}: {drift.detail}" + ("; repaired" if drift.repaired else ""))
+            self._later(
+                self.record_gap,
+                reason,
+                f"{drift.name}: {drift.detail}" + ("; repaired" if drift.repaired else ""),
+            )
 
     def _take_events(self) -> None:
         assert self.steering is not None
@@ -302,7 +312,8 @@ class Agent:
             await asyncio.sleep(COMMIT_INTERVAL_S)
 
     def _update_block(self) -> None:
-        assert self.spool is not None and self.pool is not None
+        assert self.spool is not None
+        assert self.pool is not None
         state = self.spool.state()
         failing = next(iter(self.audit_failing.values()), "")
         reason = failing or ("" if state.ok else state.blocked_reason or "the spool is full")
@@ -596,7 +607,7 @@ def run_agent(config: Config) -> int:
         agent = Agent(config, mode="run")
         return await _run(agent)
 
-    return uvloop.run(main())
+    return int(uvloop.run(main()))
 
 
 def run_exec(config: Config, argv: list[str], policy: Path | None) -> int:
@@ -626,4 +637,4 @@ def run_exec(config: Config, argv: list[str], policy: Path | None) -> int:
 
         return await _run(agent, command)
 
-    return uvloop.run(main())
+    return int(uvloop.run(main()))

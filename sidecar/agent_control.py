@@ -66,7 +66,12 @@ class AgentControl:
                 observing=sum(rule.observe for rule in rules),
             ),
             workers=tuple(
-                WorkerStatus(pid=worker.pid, flows=worker.open_flows, restarts=worker.restarts, rss_bytes=worker.rss_bytes())
+                WorkerStatus(
+                    pid=worker.pid,
+                    flows=worker.open_flows,
+                    restarts=worker.restarts,
+                    rss_bytes=worker.rss_bytes(),
+                )
                 for worker in pool
             ),
             spool=SpoolStatus(
@@ -77,7 +82,11 @@ class AgentControl:
                 directory=str(config.audit.directory),
             ),
             shipping=ShippingStatus(
-                url=shipping.url, ok=shipping.ok, error=shipping.error, shipped_batches=shipping.batches, last_receipt_ns=shipping.last_receipt_ns
+                url=shipping.url,
+                ok=shipping.ok,
+                error=shipping.error,
+                shipped_batches=shipping.batches,
+                last_receipt_ns=shipping.last_receipt_ns,
             )
             if shipping
             else ShippingStatus(),

@@ -21,7 +21,22 @@ MAX_DOCUMENT_BYTES: Final = 1024 * 1024
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 100_000
 
-_SIZES: Final = {"": 1, "b": 1, "k": 1000, "kb": 1000, "kib": 1024, "m": 10**6, "mb": 10**6, "mib": 2**20, "g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}  # fmt: skip
+_SIZES: Final = {
+    "": 1,
+    "b": 1,
+    "k": 1000,
+    "kb": 1000,
+    "kib": 1024,
+    "m": 10**6,
+    "mb": 10**6,
+    "mib": 2**20,
+    "g": 10**9,
+    "gb": 10**9,
+    "gib": 2**30,
+    "t": 10**12,
+    "tb": 10**12,
+    "tib": 2**40,
+}
 _DURATIONS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 Lines = dict[tuple[str | int, ...], int]
@@ -66,7 +81,9 @@ class _Reader:
         line = node.start_mark.line + 1
         self.lines.setdefault(path, line)
         if len(path) > MAX_DEPTH or self.nodes > MAX_NODES:
-            raise ConfigurationError("the document is nested too deeply or is too large", file=self.file, line=line)
+            raise ConfigurationError(
+                "the document is nested too deeply or is too large", file=self.file, line=line
+            )
         if isinstance(node, yaml.MappingNode):
             found: dict[Any, Any] = {}
             for key_node, value_node in node.value:
@@ -87,11 +104,13 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         loader = yaml.SafeLoader("")
         try:
-            return loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
-            raise ConfigurationError(f"this value cannot be read: {error}", file=self.file, line=node.start_mark.line + 1) from error
+            raise ConfigurationError(
+                f"this value cannot be read: {error}", file=self.file, line=node.start_mark.line + 1
+            ) from error
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
 
 
 def read_document(text: str, file: str) -> tuple[Any, Lines]:
@@ -105,7 +124,9 @@ def read_document(text: str, file: str) -> tuple[Any, Lines]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigurationError(f"not YAML: {problem}", file=file, line=mark.line + 1 if mark else None) from error
+        raise ConfigurationError(
+            f"not YAML: {problem}", file=file, line=mark.line + 1 if mark else None
+        ) from error
     except RecursionError as error:
         raise ConfigurationError("the document is nested too deeply", file=file) from error
     if node is None:
@@ -176,7 +197,9 @@ def load_document(text: str, file: str, type_: type[T]) -> T:
                 file=file,
                 line=line,
                 path=".".join(map(str, (*path, word))),
-                hint=f"did you mean `{near}`?" if near else "valid names: " + ", ".join(_field_names(type_, path)),
+                hint=f"did you mean `{near}`?"
+                if near
+                else "valid names: " + ", ".join(_field_names(type_, path)),
             ) from error
         hint = None
         enum = re.fullmatch(r"Invalid enum value '(.*)'", message)
@@ -187,7 +210,11 @@ def load_document(text: str, file: str, type_: type[T]) -> T:
             hint = f"did you mean '{near}'?" if near else "valid: " + ", ".join(options)
         where = ".".join(map(str, path))
         raise ConfigurationError(
-            f"{where}: {message}" if where else message, file=file, line=_line_of(lines, path), path=where, hint=hint
+            f"{where}: {message}" if where else message,
+            file=file,
+            line=_line_of(lines, path),
+            path=where,
+            hint=hint,
         ) from error
 
 

@@ -1,5 +1,6 @@
-/* Layouts shared with user space: mirrored in sidecar/kernel/abi.py, compared in tests/kernel/test_abi.py.
- * All fields are naturally aligned and padded by hand, so that no compiler adds a hole. */
+/* Layouts shared with user space: mirrored in sidecar/kernel/abi.py, compared
+ * in tests/kernel/test_abi.py. All fields are naturally aligned and padded by
+ * hand, so that no compiler adds a hole. */
 #ifndef SIDECAR_ABI_H
 #define SIDECAR_ABI_H
 

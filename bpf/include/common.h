@@ -1,4 +1,5 @@
-/* Maps and the few decisions that more than one hook takes. One compilation unit: the loader joins the hooks behind this. */
+/* Maps and the few decisions that more than one hook takes. One compilation
+ * unit: the loader joins the hooks behind this. */
 #ifndef SIDECAR_COMMON_H
 #define SIDECAR_COMMON_H
 
@@ -20,7 +21,8 @@ BPF_ARRAY(heartbeat, u64, 1);
 BPF_HASH(ports, u32, u8, 1024);
 BPF_F_TABLE("lpm_trie", struct sidecar_prefix4, u8, exclude4, 1024, 1 /* BPF_F_NO_PREALLOC */);
 BPF_F_TABLE("lpm_trie", struct sidecar_prefix6, u8, exclude6, 1024, 1);
-/* Lives exactly as long as the socket: no garbage to collect, nothing to run full. */
+/* Lives exactly as long as the socket: no garbage to collect, nothing to run
+ * full. */
 BPF_SK_STORAGE(steered, struct sidecar_origin);
 BPF_HASH(flows, struct sidecar_flow_key, struct sidecar_origin, 65536);
 BPF_RINGBUF_OUTPUT(events, 64);
@@ -33,7 +35,8 @@ static __always_inline struct sidecar_config *sidecar_config(void)
     return config.lookup(&zero);
 }
 
-/* 1: leave this task alone: an inspector's own, or of a scope that another instance steers. */
+/* 1: leave this task alone: an inspector's own, or of a scope that another
+ * instance steers. */
 static __always_inline int sidecar_not_ours(u64 instance)
 {
     struct sidecar_owner *owner;

@@ -16,9 +16,8 @@ from typing import Final, Protocol
 from sidecar.attribution import cgroup, ci, procfs
 from sidecar.attribution.lineage import Ancestor, Lineage, places, within_job
 from sidecar.attribution.redaction import redact_cmdline
-from sidecar.identity.sources import WorkloadContext
 from sidecar.model.origin import Origin
-from sidecar.model.workload import CiJob, Workload
+from sidecar.model.workload import CiJob, Workload, WorkloadContext
 
 DEMANDS_TLS: Final = frozenset({"require", "verify-ca", "verify-full"})
 _SSLMODE: Final = re.compile(r"(?i)(?<![a-z])sslmode\s*=\s*'?\s*([a-z-]+)")

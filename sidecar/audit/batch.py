@@ -36,7 +36,18 @@ class Header:
     end: str = ""
 
     def encode(self) -> bytes:
-        values = (VERSION, self.host, self.stream, self.boot, self.first, self.last, self.prev, self.head, self.ts_ns, self.end)
+        values = (
+            VERSION,
+            self.host,
+            self.stream,
+            self.boot,
+            self.first,
+            self.last,
+            self.prev,
+            self.head,
+            self.ts_ns,
+            self.end,
+        )
         return bytes(msgpack.packb(dict(zip(_HEADER, values, strict=True))))
 
     @classmethod
@@ -47,9 +58,14 @@ class Header:
             if tuple(found) != _HEADER or found["v"] != VERSION:
                 raise ValueError("fields")
             header = cls(**{name: found[name] for name in _HEADER[1:]})
-            texts = all(isinstance(value, str) for value in (header.host, header.stream, header.boot, header.end))
+            texts = all(
+                isinstance(value, str) for value in (header.host, header.stream, header.boot, header.end)
+            )
             numbers = all(isinstance(value, int) for value in (header.first, header.last, header.ts_ns))
-            hashes = all(isinstance(value, bytes) and len(value) == chain.HASH_BYTES for value in (header.prev, header.head))
+            hashes = all(
+                isinstance(value, bytes) and len(value) == chain.HASH_BYTES
+                for value in (header.prev, header.head)
+            )
             if not (texts and numbers and hashes) or header.first < 0 or header.last < header.first - 1:
                 raise ValueError("values")
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
@@ -66,7 +82,9 @@ class Batch:
 
     def encode(self) -> bytes:
         return bytes(
-            msgpack.packb({"header": self.header, "sig": self.signature, "key": self.key, "records": list(self.records)})
+            msgpack.packb(
+                {"header": self.header, "sig": self.signature, "key": self.key, "records": list(self.records)}
+            )
         )
 
     @classmethod
@@ -75,7 +93,9 @@ class Batch:
         try:
             found: Any = msgpack.unpackb(data, raw=False)
             batch = cls(found["header"], found["sig"], found["key"], tuple(found["records"]))
-            if not all(isinstance(part, bytes) for part in (batch.header, batch.signature, batch.key, *batch.records)):
+            if not all(
+                isinstance(part, bytes) for part in (batch.header, batch.signature, batch.key, *batch.records)
+            ):
                 raise ValueError("types")
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             raise AuditError("not a batch") from error

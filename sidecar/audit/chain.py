@@ -9,7 +9,9 @@ HASH_BYTES = 32
 
 def genesis(host_key: bytes, stream: str, boot_id: str) -> bytes:
     """hash_0: binds the host's public key (32 bytes, raw), the stream and the boot."""
-    return hashlib.sha256(b"sidecar stream v1\0" + host_key + b"\0" + stream.encode() + b"\0" + boot_id.encode()).digest()
+    return hashlib.sha256(
+        b"sidecar stream v1\0" + host_key + b"\0" + stream.encode() + b"\0" + boot_id.encode()
+    ).digest()
 
 
 def link(previous: bytes, stored: bytes) -> bytes:

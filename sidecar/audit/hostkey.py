@@ -58,7 +58,9 @@ def load_or_create(directory: Path, name: str = KEY_FILE, public_name: str = PUB
 
 def _load(path: Path, public_path: Path) -> HostKey:
     if path.stat().st_mode & 0o077:
-        raise AuditError(f"the signing key {path} can be read by others", hint=f"chmod 600 {path}; think about a new key")
+        raise AuditError(
+            f"the signing key {path} can be read by others", hint=f"chmod 600 {path}; think about a new key"
+        )
     raw = path.read_bytes()
     if len(raw) != 32:
         raise AuditError(f"the signing key {path} is damaged")

@@ -28,7 +28,9 @@ class RecordView:
         found = dict(self.record)
         if self.opened is not None:
             for name in JOINED:
-                if name in self.opened and (name not in found or (name == "origin" and found["kind"] != "gap")):
+                if name in self.opened and (
+                    name not in found or (name == "origin" and found["kind"] != "gap")
+                ):
                     found[name] = self.opened[name]
         return found
 
@@ -67,7 +69,11 @@ def joined(directory: Path) -> Iterator[dict[str, Any]]:
 
 def flow_records(directory: Path, flow: str) -> list[dict[str, Any]]:
     """One flow's records, by full id or its last digits. Empty where there is none; AuditError where several match."""
-    found = [record for record in records(directory) if record.get("flow", "").endswith(flow) and record.get("flow")]
+    found = [
+        record
+        for record in records(directory)
+        if record.get("flow", "").endswith(flow) and record.get("flow")
+    ]
     flows = {record["flow"] for record in found}
     if len(flows) > 1:
         raise AuditError(f"{len(flows)} flows end in {flow}", hint="give more digits")
@@ -82,10 +88,16 @@ def find_record(directory: Path, record_id: str) -> RecordView | None:
     for record in records(directory):
         if record["kind"] == "open":
             opened[record["flow"]] = record
-        if str(record.get("id", "")).endswith(wanted) or str(record.get("hold", {}).get("id", "")).endswith(wanted):
+        if str(record.get("id", "")).endswith(wanted) or str(record.get("hold", {}).get("id", "")).endswith(
+            wanted
+        ):
             matches.setdefault(record["id"], record)
     held = {record.get("request") for record in matches.values() if record["kind"] in ("hold", "decision")}
-    found = [record for record in matches.values() if record["id"] not in held] if len(matches) > 1 else list(matches.values())
+    found = (
+        [record for record in matches.values() if record["id"] not in held]
+        if len(matches) > 1
+        else list(matches.values())
+    )
     if not found:
         return None
     if len({record.get("flow") for record in found}) > 1:

@@ -79,7 +79,9 @@ class Shipper:
                     message = f"{type(error).__name__}: {error}"[:300]
                     if failures == 0:
                         log.warning("records are not shipped to %s for now: %s", self._url, message)
-                    self._state = ShippingState(self._url, False, message, self._state.batches, self._state.last_receipt_ns)
+                    self._state = ShippingState(
+                        self._url, False, message, self._state.batches, self._state.last_receipt_ns
+                    )
                     pause = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)] * random.uniform(0.7, 1.3)
                     failures += 1
                     if self._drain.is_set() and failures > 3:
@@ -119,7 +121,9 @@ class Shipper:
         path = self._directory / f"{stream}.receipts"
         if not path.is_file():
             return -1
-        return max((int(json.loads(line)["receipt"]["last"]) for line in path.read_text().splitlines()), default=-1)
+        return max(
+            (int(json.loads(line)["receipt"]["last"]) for line in path.read_text().splitlines()), default=-1
+        )
 
     def _keep(self, stream: str, answer: dict[str, Any], header: Header) -> None:
         """Check and store a receipt. Raises AuditError where it is not for what was sent, or of another collector."""
@@ -128,12 +132,19 @@ class Shipper:
         if not key_path.is_file():
             key_path.write_text(public.hex() + "\n")
         elif hostkey.load_public(key_path) != public:
-            raise AuditError("the collector's key is not the one that this host knows", hint=f"was it reinstalled? remove {key_path} to trust it")
+            raise AuditError(
+                "the collector's key is not the one that this host knows",
+                hint=f"was it reinstalled? remove {key_path} to trust it",
+            )
         receipt = answer["receipt"]
         signed = _canonical(receipt)
         if not hostkey.verify(public, bytes.fromhex(answer["sig"]), signed):
             raise AuditError("the collector's receipt is not signed by it")
-        if receipt["stream"] != stream or receipt["last"] != header.last or receipt["head"] != header.head.hex():
+        if (
+            receipt["stream"] != stream
+            or receipt["last"] != header.last
+            or receipt["head"] != header.head.hex()
+        ):
             raise AuditError("the collector's receipt is for something else")
         line = _canonical({"receipt": receipt, "sig": answer["sig"]}) + b"\n"
         with Path(self._directory / f"{stream}.receipts").open("ab") as file:

@@ -262,7 +262,9 @@ class Spool:
             torn = os.fstat(last.fd).st_size - last.offset
             if torn:
                 os.ftruncate(last.fd, last.offset)
-        self._sign(stream, stream.seq, stream.head, reason + (f"; torn_tail of {torn} bytes cut off" if torn else ""))
+        self._sign(
+            stream, stream.seq, stream.head, reason + (f"; torn_tail of {torn} bytes cut off" if torn else "")
+        )
         for segment in stream.segments:
             os.close(segment.fd)
         os.close(stream.lock)
@@ -331,7 +333,15 @@ class Spool:
 
     def _sign(self, stream: _Stream, first: int, previous: bytes, end: str) -> None:
         header = Header(
-            self.host, stream.name, self.boot_id, first, stream.seq - 1, previous, stream.head, time.time_ns(), end
+            self.host,
+            stream.name,
+            self.boot_id,
+            first,
+            stream.seq - 1,
+            previous,
+            stream.head,
+            time.time_ns(),
+            end,
         ).encode()
         os.write(stream.lock, signature_entry(header, self.host_key.sign(header)))
         os.fdatasync(stream.lock)

@@ -10,7 +10,15 @@ from typing import Protocol
 from sidecar.audit import chain, hostkey
 from sidecar.audit.batch import Header
 from sidecar.audit.encode import decode_record
-from sidecar.audit.segment import FRAME, frames, read_header, segment_paths, signatures, start_of, stream_names
+from sidecar.audit.segment import (
+    FRAME,
+    frames,
+    read_header,
+    segment_paths,
+    signatures,
+    start_of,
+    stream_names,
+)
 from sidecar.errors import AuditError
 
 
@@ -130,8 +138,7 @@ def _records(
 ) -> None:
     head: bytes | None = None
     seq = 0
-    number = 0
-    for path in segment_paths(directory, name):
+    for number, path in enumerate(segment_paths(directory, name)):
         data = path.read_bytes()
         try:
             header, body, signature, offset = read_header(data)
@@ -144,7 +151,6 @@ def _records(
         if header.segment != number:
             bad(seq, f"segment {number} is missing")
             return
-        number += 1
         if head is None:
             head = start_of(header)
         if headers and headers[0].boot != header.boot:
@@ -163,7 +169,10 @@ def _records(
             offset = after
         if offset != len(data):
             length = FRAME.unpack_from(data, offset)[0] if offset + FRAME.size <= len(data) else 0
-            bad(seq, f"{path.name}: {len(data) - offset} bytes at its end are no whole record (of {length} bytes)")
+            bad(
+                seq,
+                f"{path.name}: {len(data) - offset} bytes at its end are no whole record (of {length} bytes)",
+            )
             return
     found.records = seq
     found.unsigned = max(seq - found.signed, 0)
@@ -193,13 +202,19 @@ def _receipt(directory: Path, name: str, headers: list[Header], bad: Bad) -> int
                 raise ValueError("cut")
             entry = json.loads(line)
             signed = json.dumps(entry["receipt"], sort_keys=True, separators=(",", ":")).encode()
-            if not hostkey.verify(collector, bytes.fromhex(entry["sig"]), signed) or line != json.dumps(entry, sort_keys=True, separators=(",", ":")) + "\n":
+            if (
+                not hostkey.verify(collector, bytes.fromhex(entry["sig"]), signed)
+                or line != json.dumps(entry, sort_keys=True, separators=(",", ":")) + "\n"
+            ):
                 raise ValueError("signature")
             receipt = entry["receipt"]
             if receipt["stream"] != name:
                 raise ValueError("stream")
             if not any(h.last == receipt["last"] and h.head.hex() == receipt["head"] for h in headers):
-                bad(receipt["last"], "a collector holds a head that this host has no signature of: records were rolled back")
+                bad(
+                    receipt["last"],
+                    "a collector holds a head that this host has no signature of: records were rolled back",
+                )
                 return last
             last = max(last, int(receipt["last"]))
     except (OSError, ValueError, KeyError, TypeError, AuditError) as error:

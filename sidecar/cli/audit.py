@@ -42,31 +42,65 @@ def audit() -> None:
     """Follow, show, export and verify the records."""
 
 
-_option = click.option("--directory", type=click.Path(path_type=Path, file_okay=False), help="The spool; default from the configuration.")
+_option = click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The spool; default from the configuration.",
+)
 
 
 def _who(record: dict[str, Any]) -> str:
     principal, origin = record.get("principal"), record.get("origin") or {}
     name = principal["subject"] if principal else "-"
-    return f"{name} {Path(str(origin.get('exe') or origin.get('comm') or '?')).name}[{origin.get('tgid', '?')}]"
+    return (
+        f"{name} {Path(str(origin.get('exe') or origin.get('comm') or '?')).name}[{origin.get('tgid', '?')}]"
+    )
+
+
+def _where(target: dict[str, Any]) -> str:
+    return f"{target.get('host')}:{target.get('port')}"
 
 
 def _line(record: dict[str, Any]) -> str:
     head = f"{_clock(record.get('ts_ns', 0))} {record['kind']:<9} {str(record.get('flow', ''))[-8:]:<8} "
-    operation, verdict, response = record.get("operation") or {}, record.get("verdict") or {}, record.get("response") or {}
+    operation, verdict, response = (
+        record.get("operation") or {},
+        record.get("verdict") or {},
+        record.get("response") or {},
+    )
     target = record.get("target") or {}
     if record["kind"] == "open":
-        return head + f"{_who(record)} → {target.get('host')}:{target.get('port')} {target.get('protocol')} {verdict.get('action', '')}"
+        return (
+            head
+            + f"{_who(record)} → {target.get('host')}:{target.get('port')} {target.get('protocol')} {verdict.get('action', '')}"
+        )
     if record["kind"] == "request":
-        text = operation.get("text") or f"{operation.get('method', '')} {operation.get('path', '')}".strip() or operation.get("kind")
+        text = (
+            operation.get("text")
+            or f"{operation.get('method', '')} {operation.get('path', '')}".strip()
+            or operation.get("kind")
+        )
         rule = f" [{verdict.get('rule')}]" if verdict.get("rule") else ""
-        return head + f"{str(verdict.get('action', '')):<5}{rule} {_short(text)}"
+        return head + f"{verdict.get('action', '')!s:<5}{rule} {_short(text)}"
     if record["kind"] == "response":
         error = response.get("error")
-        return head + (f"error {error.get('sqlstate', '')} {error.get('message', '')}" if error else f"{response.get('status')} rows {response.get('rows', 0)} bytes {response.get('bytes', 0)}")
+        return head + (
+            f"error {error.get('sqlstate', '')} {error.get('message', '')}"
+            if error
+            else f"{response.get('status')} rows {response.get('rows', 0)} bytes {response.get('bytes', 0)}"
+        )
     if record["kind"] in ("hold", "decision"):
         hold = record.get("hold") or {}
-        return head + f"{hold.get('state', 'pending')} {str(hold.get('id', ''))[-8:]} {('by ' + hold['by']) if hold.get('by') else ''} {hold.get('reason', '')}".rstrip()
+        return head + " ".join(
+            part
+            for part in (
+                hold.get("state", "pending"),
+                str(hold.get("id", ""))[-8:],
+                f"by {hold['by']}" if hold.get("by") else "",
+                hold.get("reason", ""),
+            )
+            if part
+        )
     return head + f"{record.get('reason', '')} {record.get('detail') or ''}".rstrip()
 
 
@@ -111,25 +145,41 @@ def show(flow: str, directory: Path | None, as_json: bool) -> None:
         if record["kind"] != "open":
             click.echo(_line(record))
         for values in (record.get("response") or {}).get("sample") or ():
-            click.echo("             │ " + " │ ".join("NULL" if value is None else _short(value, 40) for value in values))
+            click.echo(
+                "             │ "
+                + " │ ".join("NULL" if value is None else _short(value, 40) for value in values)
+            )
 
 
 def _print_opening(opened: dict[str, Any]) -> None:
     origin, target = opened.get("origin") or {}, opened.get("target") or {}
     click.echo(f"flow       {opened['flow']}")
-    click.echo(f"target     {target.get('name') or target.get('host')}:{target.get('port')} ({target.get('protocol')}, {target.get('address')})")
+    click.echo(
+        f"target     {target.get('name') or target.get('host')}:{target.get('port')} ({target.get('protocol')}, {target.get('address')})"
+    )
     principal = opened.get("principal")
-    click.echo(f"principal  {principal['subject']} of {principal['issuer']}" if principal else f"principal  none ({opened.get('identity_error', 'no_token')})")
-    click.echo(f"process    {origin.get('exe') or origin.get('comm')} pid {origin.get('tgid')} uid {origin.get('uid')} cgroup {origin.get('cgroup')}")
+    click.echo(
+        f"principal  {principal['subject']} of {principal['issuer']}"
+        if principal
+        else f"principal  none ({opened.get('identity_error', 'no_token')})"
+    )
+    click.echo(
+        f"process    {origin.get('exe') or origin.get('comm')} pid {origin.get('tgid')} uid {origin.get('uid')} "
+        f"cgroup {origin.get('cgroup')}"
+    )
     click.echo(f"command    {_short(' '.join(origin.get('cmdline') or ()))}")
     for depth, parent in enumerate(origin.get("ancestors") or ()):
-        click.echo(f"           {'  ' * depth}└ {parent['comm']}[{parent['pid']}] {_short(' '.join(parent['cmdline']), 80)}")
+        click.echo(
+            f"           {'  ' * depth}└ {parent['comm']}[{parent['pid']}] {_short(' '.join(parent['cmdline']), 80)}"
+        )
     click.echo("")
 
 
 @audit.command()
 @_option
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A file; default standard output.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="A file; default standard output."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines, which it always prints.")
 def export(directory: Path | None, out: Path | None, as_json: bool) -> None:
     """All records as JSON lines, each with who and where of its flow."""
@@ -158,16 +208,30 @@ def verify(directory: Path | None, named: Path | None, as_json: bool) -> None:
                     "host_key": report.host_key,
                     "records": report.records,
                     "streams": [
-                        {"stream": s.stream, "records": s.records, "signed": s.signed, "receipted": s.receipted, "unsigned": s.unsigned, "end": s.end}
+                        {
+                            "stream": s.stream,
+                            "records": s.records,
+                            "signed": s.signed,
+                            "receipted": s.receipted,
+                            "unsigned": s.unsigned,
+                            "end": s.end,
+                        }
                         for s in report.streams
                     ],
-                    "findings": [{"stream": f.stream, "seq": f.seq, "record": f.record, "problem": f.problem} for f in report.findings],
+                    "findings": [
+                        {"stream": f.stream, "seq": f.seq, "record": f.record, "problem": f.problem}
+                        for f in report.findings
+                    ],
                 }
             )
         )
     else:
         for finding in report.findings:
-            where = f"stream {finding.stream}" + (f", record {finding.seq}" if finding.seq >= 0 else "") + (f" ({finding.record})" if finding.record else "")
+            where = (
+                f"stream {finding.stream}"
+                + (f", record {finding.seq}" if finding.seq >= 0 else "")
+                + (f" ({finding.record})" if finding.record else "")
+            )
             click.echo(f"BAD  {where}: {finding.problem}" if finding.stream else f"BAD  {finding.problem}")
         unsigned = sum(stream.unsigned for stream in report.streams)
         receipted = sum(stream.receipted for stream in report.streams)

@@ -31,9 +31,17 @@ class Page:
 
 
 @click.command()
-@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), help="Configuration, for its upstream token.")
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Configuration, for its upstream token.",
+)
 @click.option("--listen", default="127.0.0.1:8420", show_default=True, help="Address and port.")
-@click.option("--data", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA, show_default=True)
+@click.option(
+    "--data", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA, show_default=True
+)
 def collector(config_file: Path | None, listen: str, data: Path) -> None:
     """The upstream: takes signed batches, stores them, answers with receipts; pages and API."""
     from sidecar.collector.app import TOKEN_FILE, create_app, page_token
@@ -55,13 +63,18 @@ def collector(config_file: Path | None, listen: str, data: Path) -> None:
         loopback = host == "localhost"
     if not loopback:
         raise ConfigurationError(
-            f"{host} is not loopback, and this version serves no TLS of its own", hint="put a TLS proxy before 127.0.0.1"
+            f"{host} is not loopback, and this version serves no TLS of its own",
+            hint="put a TLS proxy before 127.0.0.1",
         )
     logging.getLogger().setLevel(logging.INFO)
     store = Store(data)
-    app = create_app(store, Page(), token=page_token(data), enrolment=enrolment, hosts=frozenset({host, "localhost"}))
+    app = create_app(
+        store, Page(), token=page_token(data), enrolment=enrolment, hosts=frozenset({host, "localhost"})
+    )
     click.echo(f"http://{listen}  (approvals: the token is in {data / TOKEN_FILE})", err=True)
     try:
-        uvicorn.run(app, host=host, port=int(port), log_level="warning", access_log=False, server_header=False)
+        uvicorn.run(
+            app, host=host, port=int(port), log_level="warning", access_log=False, server_header=False
+        )
     finally:
         store.close()

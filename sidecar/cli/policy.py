@@ -42,7 +42,16 @@ def check(file: Path, as_json: bool) -> None:
     """Validate FILE: exit 2 with file, line and the nearest valid name where it is wrong."""
     found = _load(file)
     if as_json:
-        click.echo(orjson.dumps({"ok": True, "revision": found.revision, "rules": len(found.rules), "warnings": found.warnings}))
+        click.echo(
+            orjson.dumps(
+                {
+                    "ok": True,
+                    "revision": found.revision,
+                    "rules": len(found.rules),
+                    "warnings": found.warnings,
+                }
+            )
+        )
         return
     for warning in found.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -59,7 +68,10 @@ def test(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(
             orjson.dumps(
-                {"ok": not failed, "tests": [{"name": r.name, "ok": r.ok, "message": r.message} for r in results]}
+                {
+                    "ok": not failed,
+                    "tests": [{"name": r.name, "ok": r.ok, "message": r.message} for r in results],
+                }
             )
         )
     else:
@@ -70,7 +82,9 @@ def test(file: Path, as_json: bool) -> None:
 
 
 @policy.command()
-@click.option("--policy", "file", type=click.Path(path_type=Path, dir_okay=False), help="Default: the configuration's.")
+@click.option(
+    "--policy", "file", type=click.Path(path_type=Path, dir_okay=False), help="Default: the configuration's."
+)
 @click.option("--statement", help="SQL to judge.")
 @click.option("--method", help="HTTP method to judge, with --url.")
 @click.option("--url", help="HTTP address to judge.")
@@ -134,19 +148,30 @@ def explain(
                     "would": verdict.would,
                     "needs": outcome.needs,
                     "rules": [
-                        {"rule": t.rule, "action": t.action, "matched": t.matched, "selectors": dict(t.selectors)} for t in outcome.rules
+                        {
+                            "rule": t.rule,
+                            "action": t.action,
+                            "matched": t.matched,
+                            "selectors": dict(t.selectors),
+                        }
+                        for t in outcome.rules
                     ],
                 }
             )
         )
         return
-    click.echo(f"{verdict.action.value} by {verdict.rule or 'default'}" + (f": {verdict.reason}" if verdict.reason else ""))
+    click.echo(
+        f"{verdict.action.value} by {verdict.rule or 'default'}"
+        + (f": {verdict.reason}" if verdict.reason else "")
+    )
     if verdict.would:
         click.echo(f"an observing rule would have decided {verdict.would}")
     if verdict.masks.rules:
         click.echo("masks of: " + ", ".join(verdict.masks.rules))
     for trace in outcome.rules:
         shown = ", ".join(f"{name} {WORDS[answer]}" for name, answer in trace.selectors)
-        click.echo(f"  {trace.rule} ({trace.action}): {WORDS[trace.matched]}" + (f"  [{shown}]" if shown else ""))
+        click.echo(
+            f"  {trace.rule} ({trace.action}): {WORDS[trace.matched]}" + (f"  [{shown}]" if shown else "")
+        )
     if outcome.needs:
         click.echo("not known here: " + ", ".join(outcome.needs))

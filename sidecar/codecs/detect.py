@@ -8,7 +8,28 @@ from typing import Final
 from sidecar.codecs.postgres import messages
 
 DETECT_MAX_BYTES: Final = 4096
-METHODS: Final = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"PROPFIND", b"REPORT", b"MKCOL", b"COPY", b"MOVE", b"LOCK", b"UNLOCK", b"PROPPATCH", b"SEARCH", b"PURGE", b"QUERY")  # fmt: skip
+METHODS: Final = (
+    b"GET",
+    b"HEAD",
+    b"POST",
+    b"PUT",
+    b"DELETE",
+    b"CONNECT",
+    b"OPTIONS",
+    b"TRACE",
+    b"PATCH",
+    b"PROPFIND",
+    b"REPORT",
+    b"MKCOL",
+    b"COPY",
+    b"MOVE",
+    b"LOCK",
+    b"UNLOCK",
+    b"PROPPATCH",
+    b"SEARCH",
+    b"PURGE",
+    b"QUERY",
+)
 HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _POSTGRES_CODES: Final = (messages.SSL_REQUEST, messages.GSSENC_REQUEST, messages.CANCEL_REQUEST)
 

@@ -6,6 +6,7 @@ Transfer-Encoding, differing lengths, bare CR, folded headers, space before the 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -44,7 +45,12 @@ class Head:
         self.headers = [(key, value) for key, value in self.headers if key.lower() not in names]
 
     def encode(self) -> bytes:
-        return self.start + b"\r\n" + b"".join(key + b": " + value + b"\r\n" for key, value in self.headers) + b"\r\n"
+        return (
+            self.start
+            + b"\r\n"
+            + b"".join(key + b": " + value + b"\r\n" for key, value in self.headers)
+            + b"\r\n"
+        )
 
     @property
     def keep_alive(self) -> bool:
@@ -81,16 +87,18 @@ def parse_head(raw: bytes, *, request: bool) -> Head:
         if request:
             parser: Any = httptools.HttpRequestParser(sink)
             first = b"\r\n".join([lines[0], b"Host: x", b"", b""]) if not headers else raw
-            try:
+            with contextlib.suppress(httptools.HttpParserUpgrade):
                 parser.feed_data(first)
-            except httptools.HttpParserUpgrade:
-                pass
             head.method = parser.get_method().decode()
             head.target = sink.url.decode("ascii", "surrogateescape")
             head.version = parser.get_http_version()
         else:
             parts = lines[0].split(b" ", 2)
-            if len(parts) < 2 or not re.fullmatch(rb"HTTP/1\.[01]", parts[0]) or not re.fullmatch(rb"[1-9]\d\d", parts[1]):
+            if (
+                len(parts) < 2
+                or not re.fullmatch(rb"HTTP/1\.[01]", parts[0])
+                or not re.fullmatch(rb"[1-9]\d\d", parts[1])
+            ):
                 raise ProtocolError("a malformed status line")
             head.status = int(parts[1])
             head.version = parts[0][5:].decode()
@@ -185,11 +193,13 @@ def framing(head: Head, *, request: bool, method: str = "") -> Body:
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
         if len(codings) != 1 or codings[0].strip().lower() != b"chunked":
             raise ProtocolError("a Transfer-Encoding other than chunked")
-    if any(not re.fullmatch(rb"\d{1,18}", value) for value in lengths) or len({int(value) for value in lengths}) > 1:
+    if (
+        any(not re.fullmatch(rb"\d{1,18}", value) for value in lengths)
+        or len({int(value) for value in lengths}) > 1
+    ):
         raise ProtocolError("a malformed or contradictory Content-Length")
-    if not request:
-        if method == "HEAD" or head.status in NO_BODY or 100 <= head.status < 200:
-            return Body("none", done=True)
+    if not request and (method == "HEAD" or head.status in NO_BODY or 100 <= head.status < 200):
+        return Body("none", done=True)
     if codings:
         return Body("chunked")
     if lengths:
@@ -198,7 +208,9 @@ def framing(head: Head, *, request: bool, method: str = "") -> Body:
     return Body("none", done=True) if request else Body("close")
 
 
-def split_target(target: str, host_header: str | None) -> tuple[str | None, str, str, tuple[tuple[str, str], ...]]:
+def split_target(
+    target: str, host_header: str | None
+) -> tuple[str | None, str, str, tuple[tuple[str, str], ...]]:
     """(host without port, normalised path, raw path, query) of a request target in any of its forms."""
     host = host_header
     rest = target

@@ -34,7 +34,8 @@ MAX_FORM_BYTES: Final = 8192
 SESSION_S: Final = 12 * 3600
 
 HEADERS: Final = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
     "cache-control": "no-store",
@@ -61,7 +62,9 @@ class _Guard(BaseHTTPMiddleware):
         super().__init__(app)
         self._hosts = hosts
 
-    async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def dispatch(
+        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         host = (request.headers.get("host") or "").rpartition(":")[0] or request.headers.get("host", "")
         if self._hosts and host.strip("[]") not in self._hosts:
             return PlainTextResponse("this name is not served here\n", 421)
@@ -74,17 +77,23 @@ class _Guard(BaseHTTPMiddleware):
 class Collector:
     """Handlers over one store."""
 
-    def __init__(self, store: Store, approvals: ApprovalsGateway | None, token: str, enrolment: Secret | None) -> None:
+    def __init__(
+        self, store: Store, approvals: ApprovalsGateway | None, token: str, enrolment: Secret | None
+    ) -> None:
         self.store = store
         self.approvals = approvals
         self._token = token
         self._enrolment = enrolment
         self._key = secrets.token_bytes(32)
-        self._templates = Environment(loader=PackageLoader("sidecar.collector", "templates"), autoescape=select_autoescape(default=True))
+        self._templates = Environment(
+            loader=PackageLoader("sidecar.collector", "templates"), autoescape=select_autoescape(default=True)
+        )
         self._templates.filters["clock"] = clock
 
     def _page(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
-        return HTMLResponse(self._templates.get_template(name).render(approvals=self.approvals is not None, **values), status)
+        return HTMLResponse(
+            self._templates.get_template(name).render(approvals=self.approvals is not None, **values), status
+        )
 
     # -- ingest and API
 
@@ -108,7 +117,13 @@ class Collector:
     async def api_flows(self, request: Request) -> Response:
         limit = _number(request.query_params.get("limit"), 100)
         before = _number(request.query_params.get("before"), 0) or None
-        return _json({"flows": await run_in_threadpool(self.store.flows, request.query_params.get("q", "")[:200], limit, before)})
+        return _json(
+            {
+                "flows": await run_in_threadpool(
+                    self.store.flows, request.query_params.get("q", "")[:200], limit, before
+                )
+            }
+        )
 
     async def api_flow(self, request: Request) -> Response:
         records = await run_in_threadpool(self.store.flow, request.path_params["flow"])
@@ -124,12 +139,16 @@ class Collector:
         text = request.query_params.get("q", "")[:200]
         before = _number(request.query_params.get("before"), 0) or None
         flows = await run_in_threadpool(self.store.flows, text, 100, before)
-        return self._page("flows.html", flows=flows, q=text, more=flows[-1]["ts_ns"] if len(flows) == 100 else None)
+        return self._page(
+            "flows.html", flows=flows, q=text, more=flows[-1]["ts_ns"] if len(flows) == 100 else None
+        )
 
     async def flow(self, request: Request) -> Response:
         records = await run_in_threadpool(self.store.flow, request.path_params["flow"])
         if not records:
-            return self._page("message.html", 404, title="No such flow", text="It may not have been shipped yet.")
+            return self._page(
+                "message.html", 404, title="No such flow", text="It may not have been shipped yet."
+            )
         return self._page("flow.html", **transcript(records))
 
     def _session(self, request: Request) -> str | None:
@@ -161,18 +180,33 @@ class Collector:
             return self._page("login.html", 403, wrong=True)
         stamp = str(int(time.time()))
         response = RedirectResponse("/approvals", 303)
-        response.set_cookie(COOKIE, f"{stamp}.{self._mac(stamp)}", httponly=True, samesite="strict", max_age=SESSION_S, path="/")
+        response.set_cookie(
+            COOKIE,
+            f"{stamp}.{self._mac(stamp)}",
+            httponly=True,
+            samesite="strict",
+            max_age=SESSION_S,
+            path="/",
+        )
         return response
 
     async def decide(self, request: Request) -> Response:
         assert self.approvals is not None
         session = self._session(request)
         form = await _form(request)
-        if session is None or not _same_origin(request) or not hmac.compare_digest(form.get("csrf", ""), self._mac("csrf" + session)):
+        if (
+            session is None
+            or not _same_origin(request)
+            or not hmac.compare_digest(form.get("csrf", ""), self._mac("csrf" + session))
+        ):
             return PlainTextResponse("the request does not come from this page's form\n", 403)
         try:
             await run_in_threadpool(
-                self.approvals.decide, request.path_params["hold"], form.get("decision") == "approve", "web page", form.get("reason", "")[:500]
+                self.approvals.decide,
+                request.path_params["hold"],
+                form.get("decision") == "approve",
+                "web page",
+                form.get("reason", "")[:500],
             )
         except (SidecarError, OSError) as error:
             return self._page("message.html", 409, title="Not decided", text=str(error))
@@ -200,7 +234,9 @@ def _number(text: str | None, default: int) -> int:
 
 
 def _json(value: Any) -> Response:
-    return Response(orjson.dumps(value, default=_hex, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")
+    return Response(
+        orjson.dumps(value, default=_hex, option=orjson.OPT_NON_STR_KEYS), media_type="application/json"
+    )
 
 
 def _hex(value: Any) -> Any:
@@ -210,7 +246,12 @@ def _hex(value: Any) -> Any:
 
 
 def create_app(
-    store: Store, approvals: ApprovalsGateway | None, *, token: str, enrolment: Secret | None = None, hosts: frozenset[str] = frozenset()
+    store: Store,
+    approvals: ApprovalsGateway | None,
+    *,
+    token: str,
+    enrolment: Secret | None = None,
+    hosts: frozenset[str] = frozenset(),
 ) -> Starlette:
     """`hosts`: the names under which it may be called; empty: any."""
     collector = Collector(store, approvals, token, enrolment)

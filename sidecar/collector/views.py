@@ -18,7 +18,7 @@ def transcript(records: list[dict[str, Any]]) -> dict[str, Any]:
     for record in records:
         kind = record["kind"]
         if kind == "request":
-            entry = {"request": record, "response": None, "holds": [], "text": _text(record)}
+            entry: dict[str, Any] = {"request": record, "response": None, "holds": [], "text": _text(record)}
             by_id[record["id"]] = entry
             entries.append(entry)
         elif kind in ("response", "hold", "decision") and record.get("request") in by_id:

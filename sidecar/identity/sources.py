@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from sidecar.attribution import procfs
@@ -19,6 +18,7 @@ from sidecar.config import SourceDocument
 from sidecar.errors import IdentityError
 from sidecar.identity.token_file import Reader, read_token_file
 from sidecar.model.secret import Secret
+from sidecar.model.workload import WorkloadContext
 
 MAX_TOKEN_BYTES: Final = 65_536
 MAX_STATUS_BYTES: Final = 1024 * 1024
@@ -26,23 +26,6 @@ MAX_STATUS_BYTES: Final = 1024 * 1024
 _PLACEHOLDER: Final = re.compile(r"\{([a-z]+)\}")
 PLACEHOLDERS: Final = ("uid", "gid", "pid", "user")
 _SAFE_USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?")
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadContext:
-    """What a token may be looked for in.
-
-    `pids`: the process, its parent, … up to the job's root, nearest first, pid 1 excluded; `starts` are their
-    start times in ticks, so that a reused pid is not read (empty: unknown, not compared). `environ` is the
-    process's own. `exited`: it had gone before it could be read.
-    """
-
-    pids: tuple[int, ...]
-    uid: int
-    environ: Mapping[str, str] = field(repr=False, hash=False)
-    gid: int = 0
-    starts: tuple[int, ...] = ()
-    exited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +143,6 @@ def expand_path(template: str, pid: int, uid: int, gid: int) -> str | None:
             return None
         values["user"] = name
     return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+
+
+__all__ = ["MAX_TOKEN_BYTES", "FoundToken", "WorkloadContext", "expand_path", "find_token"]

@@ -27,7 +27,10 @@ EVENTS: Final[dict[int, tuple[GapReason, str]]] = {
     6: (GapReason.REFUSED_BY_KERNEL, "refused: scoped link-local destinations cannot be steered"),
     7: (GapReason.REFUSED_BY_KERNEL, "refused: a kernel map is full"),
     8: (GapReason.REFUSED_BY_KERNEL, "refused: the socket could not be marked"),
-    9: (GapReason.GUARD_DROPPED, "dropped: a steered connection would have left for another place than the inspector"),
+    9: (
+        GapReason.GUARD_DROPPED,
+        "dropped: a steered connection would have left for another place than the inspector",
+    ),
     10: (GapReason.QUIC_REFUSED, "refused: QUIC (UDP 443) cannot be inspected"),
     11: (GapReason.REFUSED_BY_KERNEL, "refused: somebody tried to bind the inspector's port"),
 }

@@ -72,8 +72,18 @@ def probe() -> list[Check]:
         Check("root", os.geteuid() == 0, f"uid {os.geteuid()}", "sudo sidecar doctor"),
         _kernel(),
         _cgroup2(),
-        Check("BTF", Path("/sys/kernel/btf/vmlinux").is_file(), "/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF"),
-        Check("bcc", importlib.util.find_spec("bcc") is not None, "python3-bpfcc", "apt-get install python3-bpfcc"),
+        Check(
+            "BTF",
+            Path("/sys/kernel/btf/vmlinux").is_file(),
+            "/sys/kernel/btf/vmlinux",
+            "CONFIG_DEBUG_INFO_BTF",
+        ),
+        Check(
+            "bcc",
+            importlib.util.find_spec("bcc") is not None,
+            "python3-bpfcc",
+            "apt-get install python3-bpfcc",
+        ),
     ]
     if os.geteuid() == 0:
         checks += [_hooks(), _nftables()]

@@ -22,7 +22,8 @@ def cgroup2_mount() -> Path:
         if rest.split(" ", 1)[0] == "cgroup2":
             return Path(fields.split(" ")[4])
     raise PrerequisiteError(
-        "no cgroup2 file system is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd)"
+        "no cgroup2 file system is mounted",
+        hint="mount -t cgroup2 none /sys/fs/cgroup/unified (or boot with systemd)",
     )
 
 
@@ -38,7 +39,9 @@ def create(instance: str) -> tuple[Path, Path]:
         inspector.mkdir(parents=True, exist_ok=True)
         job.mkdir(exist_ok=True)
     except OSError as error:
-        raise PrerequisiteError(f"cgroups cannot be created: {error}", hint="run as root, outside a read-only container") from error
+        raise PrerequisiteError(
+            f"cgroups cannot be created: {error}", hint="run as root, outside a read-only container"
+        ) from error
     return inspector, job
 
 

@@ -36,7 +36,9 @@ def source_directory() -> Path:
     for candidate in (here.parent / "bpf", here / "bpf"):
         if (candidate / "include" / "common.h").is_file():
             return candidate
-    raise PrerequisiteError("the BPF sources are not installed", hint="install from a checkout: scripts/setup")
+    raise PrerequisiteError(
+        "the BPF sources are not installed", hint="install from a checkout: scripts/setup"
+    )
 
 
 def source_text(directory: Path) -> str:
@@ -86,7 +88,10 @@ def load(owners_pin: Path) -> dict[str, int]:
         said = output.decode(errors="replace").strip().splitlines()
         message = "\n".join(said[-12:]) if said else f"exit status {child.returncode}"
         if "No module named 'bcc'" in message:
-            raise PrerequisiteError("bcc is missing", hint="apt-get install python3-bpfcc, and use a venv with system site packages")
+            raise PrerequisiteError(
+                "bcc is missing",
+                hint="apt-get install python3-bpfcc, and use a venv with system site packages",
+            )
         raise SteeringError(f"the kernel hooks could not be loaded: {message}", hint="sidecar doctor")
     names = json.loads(data)
     return dict(zip(names, descriptors, strict=True))

@@ -155,7 +155,9 @@ class Table:
                         nft.rule("add", table=self.name, chain=chain.name, expressions=(rule,))
                 nft.commit()
             except NetlinkError as error:
-                raise SteeringError(f"nftables refused the table {self.name}: {error}", hint="sidecar doctor") from error
+                raise SteeringError(
+                    f"nftables refused the table {self.name}: {error}", hint="sidecar doctor"
+                ) from error
         state = self._read()
         for chain in self._plan:
             rules = state.get(chain.name)

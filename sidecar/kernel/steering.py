@@ -46,7 +46,9 @@ def netns_cookie() -> int:
         try:
             return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
         except OSError as error:
-            raise SteeringError("this kernel has no network namespace cookies", hint="Linux 5.14 or newer is needed") from error
+            raise SteeringError(
+                "this kernel has no network namespace cookies", hint="Linux 5.14 or newer is needed"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +127,15 @@ def mount_bpf() -> None:
     BPF_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
     if not os.path.ismount(BPF_DIRECTORY):
         done = subprocess.run(
-            ["mount", "-t", "bpf", "-o", "mode=0700", "sidecar", str(BPF_DIRECTORY)], capture_output=True, text=True, check=False
+            ["mount", "-t", "bpf", "-o", "mode=0700", "sidecar", str(BPF_DIRECTORY)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
-            raise SteeringError(f"a BPF file system cannot be mounted: {done.stderr.strip()}", hint="sidecar doctor")
+            raise SteeringError(
+                f"a BPF file system cannot be mounted: {done.stderr.strip()}", hint="sidecar doctor"
+            )
 
 
 @dataclass(slots=True)
@@ -181,7 +188,13 @@ class Steering:
         self._attach("sidecar_bind6", root)
         for cgroup in plan.scope_cgroups:
             # The guard stands before the first socket is marked.
-            for hook in ("sidecar_egress", "sidecar_sendmsg4", "sidecar_sendmsg6", "sidecar_connect4", "sidecar_connect6"):
+            for hook in (
+                "sidecar_egress",
+                "sidecar_sendmsg4",
+                "sidecar_sendmsg6",
+                "sidecar_connect4",
+                "sidecar_connect6",
+            ):
                 self._attach(hook, cgroup)
         self._save()
 
@@ -295,7 +308,9 @@ class Steering:
             return []
         found = []
         for raw in self._events.drain():
-            reason, sentence = abi.EVENTS.get(raw.reason, (GapReason.REFUSED_BY_KERNEL, f"event {raw.reason}"))
+            reason, sentence = abi.EVENTS.get(
+                raw.reason, (GapReason.REFUSED_BY_KERNEL, f"event {raw.reason}")
+            )
             origin = _origin(raw.origin)
             found.append(
                 KernelEvent(
@@ -380,9 +395,17 @@ def traces(instance: str | None = None) -> list[str]:
     found = []
     for name, state in _states().items():
         if instance in (None, name):
-            found += [f"hook {hook} at {cgroup} (program {number})" for hook, cgroup, number in _remaining(state)]
-    found += [f"table inet {name}" for name in nft.tables() if instance in (None, name.removeprefix(nft.PREFIX))]
-    found += [f"cgroup {cgroups.instance_directory(name)}" for name in cgroups.instances() if instance in (None, name)]
+            found += [
+                f"hook {hook} at {cgroup} (program {number})" for hook, cgroup, number in _remaining(state)
+            ]
+    found += [
+        f"table inet {name}" for name in nft.tables() if instance in (None, name.removeprefix(nft.PREFIX))
+    ]
+    found += [
+        f"cgroup {cgroups.instance_directory(name)}"
+        for name in cgroups.instances()
+        if instance in (None, name)
+    ]
     return found
 
 

@@ -7,11 +7,14 @@ default are omitted from the map. Times are integers in ns since the epoch, dura
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 RECORD_VERSION = 1
+
+Value: TypeAlias = str | bytes | None
+"""Text, or bytes where it is not UTF-8 (bin in msgpack)."""
 
 KINDS = ("open", "request", "response", "hold", "decision", "close", "gap", "agent")
 
@@ -83,8 +86,8 @@ class ResponsePart(msgspec.Struct, omit_defaults=True, gc=False):
     rows: int = 0
     bytes: int = 0
     columns: tuple[ColumnPart, ...] = ()
-    sample: tuple[tuple[str | bytes | None, ...], ...] = ()
-    body: str | bytes | None = None
+    sample: tuple[tuple[Value, ...], ...] = ()
+    body: Value = None
     headers: tuple[tuple[str, str], ...] = ()
     truncated: bool = False
     digest: str | None = None

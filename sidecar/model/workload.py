@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -37,3 +38,20 @@ class Workload:
     container: Container | None = None
     ci: CiJob | None = None
     facts: tuple[tuple[str, str], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadContext:
+    """What a token may be looked for in.
+
+    `pids`: the process, its parent, … up to the job's root, nearest first, pid 1 excluded; `starts` are their
+    start times in ticks, so that a reused pid is not read (empty: unknown, not compared). `environ` is the
+    process's own. `exited`: it had gone before it could be read.
+    """
+
+    pids: tuple[int, ...]
+    uid: int
+    environ: Mapping[str, str] = field(repr=False, hash=False)
+    gid: int = 0
+    starts: tuple[int, ...] = ()
+    exited: bool = False

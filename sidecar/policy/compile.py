@@ -32,13 +32,20 @@ class _Compiler:
         known = path
         while known and known not in self.lines:
             known = known[:-1]
-        return ConfigurationError(message, file=self.file, line=self.lines.get(known, 1), path=".".join(map(str, path)), hint=hint)
+        return ConfigurationError(
+            message, file=self.file, line=self.lines.get(known, 1), path=".".join(map(str, path)), hint=hint
+        )
 
     def selectors(self, when: When, *path: str | int) -> Any:
         for protocol in words(when.protocol):
             if protocol not in _PROTOCOLS:
                 near = nearest(protocol, list(_PROTOCOLS))
-                raise self.fail(f"`{protocol}` is no protocol", *path, "protocol", hint=f"did you mean `{near}`?" if near else None)
+                raise self.fail(
+                    f"`{protocol}` is no protocol",
+                    *path,
+                    "protocol",
+                    hint=f"did you mean `{near}`?" if near else None,
+                )
         try:
             return compile_when(when)
         except re2.error as error:
@@ -52,7 +59,9 @@ class _Compiler:
         try:
             found = datetime.datetime.fromisoformat(text)
         except ValueError as error:
-            raise self.fail(f"{text!r} is no date; write 2026-12-31 or 2026-12-31T12:00:00+00:00", *path) from error
+            raise self.fail(
+                f"{text!r} is no date; write 2026-12-31 or 2026-12-31T12:00:00+00:00", *path
+            ) from error
         return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
     def rule(self, rule: Rule, index: int, default_mode: str) -> CompiledRule:
@@ -69,7 +78,9 @@ class _Compiler:
         if len(actions) > 1:
             raise self.fail(f"rule `{rule.name}` has more than one of deny, approve, allow", *here)
         if not actions and rule.mask is None:
-            raise self.fail(f"rule `{rule.name}` does nothing", *here, hint="give it deny, approve, allow or mask")
+            raise self.fail(
+                f"rule `{rule.name}` does nothing", *here, hint="give it deny, approve, allow or mask"
+            )
         action = actions[0] if actions else None
         if rule.until is not None and (action in (Action.DENY, Action.HOLD) or rule.mask is not None):
             raise self.fail(
@@ -82,7 +93,9 @@ class _Compiler:
                 terms = ApproveTerms(rule.approve.by, parse_duration(rule.approve.within))
             except ValueError as error:
                 raise self.fail(str(error), *here, "approve", "within") from error
-        reason = rule.deny if rule.deny is not None else str(rule.allow) if isinstance(rule.allow, str) else ""
+        reason = (
+            rule.deny if rule.deny is not None else str(rule.allow) if isinstance(rule.allow, str) else ""
+        )
         if action is Action.HOLD:
             reason = "needs approval"
         exceptions = tuple(
@@ -108,7 +121,8 @@ class _Compiler:
             owner=rule.owner,
             tags=rule.tags,
             looks_at_text=any(
-                when.text is not None or when.cel is not None for when in (rule.when, *(item.when for item in rule.exceptions))
+                when.text is not None or when.cel is not None
+                for when in (rule.when, *(item.when for item in rule.exceptions))
             ),
         )
 
@@ -126,7 +140,9 @@ class _Compiler:
                 raise self.fail(str(error), *here, "mask", part, key) from error
 
         try:
-            columns = tuple(masks.column_pattern(key, make(spec, "columns", key)) for key, spec in mask.columns.items())
+            columns = tuple(
+                masks.column_pattern(key, make(spec, "columns", key)) for key, spec in mask.columns.items()
+            )
             json = tuple(masks.json_pattern(key, make(spec, "json", key)) for key, spec in mask.json.items())
         except ValueError as error:
             raise self.fail(str(error), *here, "mask") from error
@@ -167,17 +183,26 @@ def load_policy(text: str, file: str, *, hash_key: bytes | None = None, upstream
         if case.expect.rule is not None and case.expect.rule not in names:
             near = nearest(case.expect.rule, sorted(names))
             raise compiler.fail(
-                f"there is no rule `{case.expect.rule}`", "tests", index, "expect", "rule", hint=f"did you mean `{near}`?" if near else None
+                f"there is no rule `{case.expect.rule}`",
+                "tests",
+                index,
+                "expect",
+                "rule",
+                hint=f"did you mean `{near}`?" if near else None,
             )
     rules = tuple(compiler.rule(rule, index, document.mode) for index, rule in enumerate(document.rules))
-    whens = [when for rule in document.rules for when in (rule.when, *(item.when for item in rule.exceptions))]
+    whens = [
+        when for rule in document.rules for when in (rule.when, *(item.when for item in rule.exceptions))
+    ]
     hosts = [host.lower().rstrip(".") for when in whens for host in words(when.host)]
     return Policy(
         revision=hashlib.sha256(text.encode() + b"\0" + (hash_key or b"")).hexdigest()[:16],
         document=document,
         rules=rules,
         warnings=_warnings(document),
-        host_names=frozenset(host for host in hosts if "*" not in host and "/" not in host and not _is_address(host)),
+        host_names=frozenset(
+            host for host in hosts if "*" not in host and "/" not in host and not _is_address(host)
+        ),
         wants_request_json=any(when.request_json is not None for when in whens),
         by_principal=any(when.principal is not None or when.cel is not None for when in whens),
         by_workload=any(when.workload is not None or when.cel is not None for when in whens),
@@ -192,7 +217,9 @@ def _warnings(document: PolicyDocument) -> tuple[str, ...]:
     found = []
     for rule in document.rules:
         wild = [host for host in words(rule.when.host) if "*" in host]
-        http_only = "http" in words(rule.when.protocol) or any(getattr(rule.when, name) is not None for name in ("method", "path", "query", "headers"))
+        http_only = "http" in words(rule.when.protocol) or any(
+            getattr(rule.when, name) is not None for name in ("method", "path", "query", "headers")
+        )
         if wild and not http_only:
             found.append(
                 f"rule `{rule.name}`: the wildcard host {wild[0]} has no source for PostgreSQL in plain text: for a destination "

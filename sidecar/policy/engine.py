@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sidecar.model.flow import FlowFacts
-from sidecar.model.operation import ConnectOperation, HttpOperation, Operation, SqlOperation
+from sidecar.model.operation import ConnectOperation, Operation, SqlOperation
 from sidecar.model.record import ObjectPart
 from sidecar.model.verdict import Action, ApproveTerms, SqlFacts, Verdict
 from sidecar.policy import masks, sql
@@ -99,7 +99,9 @@ class Policy:
             target.names,
             target.name,
             target.unresolved,
-            (facts.principal.issuer, facts.principal.subject, facts.principal.jti) if self.by_principal and facts.principal else None,
+            (facts.principal.issuer, facts.principal.subject, facts.principal.jti)
+            if self.by_principal and facts.principal
+            else None,
             facts.workload if self.by_workload else None,
         )
 
@@ -151,7 +153,13 @@ class Policy:
         analysis = subject.sql
         if analysis is not None and analysis.error is not None:
             return self._verdict(
-                Action.INVALID, None, analysis.error.message, EMPTY, EMPTY, syntax=analysis.error, sql_facts=SqlFacts()
+                Action.INVALID,
+                None,
+                analysis.error.message,
+                EMPTY,
+                EMPTY,
+                syntax=analysis.error,
+                sql_facts=SqlFacts(),
             )
         decided: CompiledRule | None = None
         would: str | None = None
@@ -177,8 +185,20 @@ class Policy:
         facts = None
         if analysis is not None and isinstance(operation, SqlOperation):
             facts = self._facts(analysis, record_plan, operation.text)
-        if analysis is not None and analysis.too_deep and self.document.on_unparsed == "deny" and decided is None:
-            return self._verdict(Action.DENY, None, "the statement is too deep to be understood", plan, record_plan, sql_facts=facts)
+        if (
+            analysis is not None
+            and analysis.too_deep
+            and self.document.on_unparsed == "deny"
+            and decided is None
+        ):
+            return self._verdict(
+                Action.DENY,
+                None,
+                "the statement is too deep to be understood",
+                plan,
+                record_plan,
+                sql_facts=facts,
+            )
         action, rule_name, reason, enforced = self._outcome(decided, operation, plan, facts)
         if not enforced:
             would = would or (f"{action.value}:{rule_name or 'default'}")
@@ -211,17 +231,38 @@ class Policy:
             return decided.action, decided.name, decided.reason, not observing
         if facts is not None and (facts.copies_masked or facts.writes_masked) and plan:
             what = "COPY would hand out" if facts.copies_masked else "the statement would store"
-            return Action.DENY, plan.rules[0], f"{what} a masked column where it cannot be masked", not observing
+            return (
+                Action.DENY,
+                plan.rules[0],
+                f"{what} a masked column where it cannot be masked",
+                not observing,
+            )
         if decided is None and self.document.default == "deny":
-            parsed_later = isinstance(operation, ConnectOperation) and operation.protocol in ("postgres", "http")
+            parsed_later = isinstance(operation, ConnectOperation) and operation.protocol in (
+                "postgres",
+                "http",
+            )
             if not parsed_later:
                 return Action.DENY, None, "nothing allows it", not observing
         if plan:
-            return Action.MASK, decided.name if decided else plan.rules[0], decided.reason if decided else "", True
+            return (
+                Action.MASK,
+                decided.name if decided else plan.rules[0],
+                decided.reason if decided else "",
+                True,
+            )
         return Action.ALLOW, decided.name if decided else None, decided.reason if decided else "", True
 
     def _verdict(
-        self, action: Action, rule: str | None, reason: str, plan: Plan, record_plan: Plan, *, syntax: Any = None, sql_facts: SqlFacts | None = None
+        self,
+        action: Action,
+        rule: str | None,
+        reason: str,
+        plan: Plan,
+        record_plan: Plan,
+        *,
+        syntax: Any = None,
+        sql_facts: SqlFacts | None = None,
     ) -> Verdict:
         return Verdict(action, rule, reason, self.revision, plan, record_plan, syntax=syntax, sql=sql_facts)
 
@@ -236,7 +277,8 @@ class Policy:
     def _facts(analysis: sql.Analysis, plan: Plan, text: str) -> SqlFacts:
         """What the session needs; what concerns masks is judged against the plan in force, towards masking."""
         touches = plan.has_columns and (
-            any(plan.may_mask_table(t.schema, t.name) for t in analysis.reads | analysis.writes) or analysis.row_functions
+            any(plan.may_mask_table(t.schema, t.name) for t in analysis.reads | analysis.writes)
+            or analysis.row_functions
         )
 
         def reached(columns: set[str]) -> bool:
@@ -260,6 +302,8 @@ class Policy:
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
             masked_parameters=tuple(
-                number for column, number in analysis.bound_parameters if touches and plan.may_mask_column(column)
+                number
+                for column, number in analysis.bound_parameters
+                if touches and plan.may_mask_column(column)
             ),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl
 
 from sidecar.model.flow import Address, FlowFacts, Target
 from sidecar.model.operation import ConnectOperation, HttpOperation, Operation, SqlOperation
@@ -56,8 +57,20 @@ def explain(policy: Policy, operation: Operation, facts: FlowFacts) -> Explanati
             answers.append((selector.name, selector.test(subject)))
             needs |= subject.needs
         action = rule.action.value if rule.action else "mask"
-        traces.append(RuleTrace(rule.name, action, rule.holds(Subject(operation, facts, analysis)), tuple(answers), tuple(sorted(needs))))
-    return Explanation(policy.evaluate(operation, facts), tuple(traces), tuple(sorted({fact for trace in traces for fact in trace.needs})))
+        traces.append(
+            RuleTrace(
+                rule.name,
+                action,
+                rule.holds(Subject(operation, facts, analysis)),
+                tuple(answers),
+                tuple(sorted(needs)),
+            )
+        )
+    return Explanation(
+        policy.evaluate(operation, facts),
+        tuple(traces),
+        tuple(sorted({fact for trace in traces for fact in trace.needs})),
+    )
 
 
 def subject_of(given: Given) -> tuple[Operation, FlowFacts]:
@@ -67,14 +80,20 @@ def subject_of(given: Given) -> tuple[Operation, FlowFacts]:
     principal = None
     if given.principal:
         principal = Principal(
-            str(given.principal.get("issuer", "")), str(given.principal.get("subject", "")), dict(given.principal.get("claims") or {})
+            str(given.principal.get("issuer", "")),
+            str(given.principal.get("subject", "")),
+            dict(given.principal.get("claims") or {}),
         )
     facts = FlowFacts(
         flow="00000000-0000-7000-8000-000000000000",
         opened_ns=0,
         client=Address("127.0.0.1", 0),
         target=Target(
-            Address(host if _is_address(host) else "", port), host, "target" if host else "address", given.protocol, (host,) if host else ()
+            Address(host if _is_address(host) else "", port),
+            host,
+            "target" if host else "address",
+            given.protocol,
+            (host,) if host else (),
         ),
         origin=None,
         workload=_workload(given.workload or {}),
@@ -85,14 +104,14 @@ def subject_of(given: Given) -> tuple[Operation, FlowFacts]:
     if given.method is not None or given.path is not None:
         path = given.path or "/"
         raw, _, query = path.partition("?")
-        pairs = tuple((given.query or {}).items()) or tuple(tuple(item.split("=", 1)) for item in query.split("&") if "=" in item)
+        pairs = tuple((given.query or {}).items()) or tuple(parse_qsl(query, keep_blank_values=True))
         return (
             HttpOperation(
                 method=(given.method or "GET").upper(),
                 host=given.host,
                 path=raw,
                 raw_path=raw,
-                query=pairs,  # type: ignore[arg-type]
+                query=pairs,
                 headers=tuple((name.lower(), value) for name, value in (given.headers or {}).items()),
                 body_json=given.request_json,
                 body_known=True,
@@ -113,7 +132,9 @@ def _workload(given: dict[str, Any]) -> Workload:
         exe=str(given.get("exe", "")),
         cgroup=str(given.get("cgroup", "")),
         ci=CiJob(**{"provider": "", **ci}) if isinstance(ci, dict) else None,
-        container=Container(id="", name=str(container.get("name", "")), image=str(container.get("image", ""))) if isinstance(container, dict) else None,
+        container=Container(id="", name=str(container.get("name", "")), image=str(container.get("image", "")))
+        if isinstance(container, dict)
+        else None,
     )
 
 
@@ -123,16 +144,25 @@ def run_case(policy: Policy, case: Case) -> TestResult:
     found = explain(policy, operation, facts)
     verdict = found.verdict
     deciding = next((trace for trace in found.rules if trace.rule == verdict.rule), None)
-    if deciding is not None and deciding.matched is None and deciding.needs and verdict.action is not Action.INVALID:
+    if (
+        deciding is not None
+        and deciding.matched is None
+        and deciding.needs
+        and verdict.action is not Action.INVALID
+    ):
         return TestResult(case.name, False, "undecided: needs " + ", ".join(deciding.needs))
     if verdict.action.value != case.expect.action:
-        return TestResult(case.name, False, f"expected {case.expect.action}, got {verdict.action.value} by {verdict.rule or 'default'}: {verdict.reason}")
+        return TestResult(
+            case.name,
+            False,
+            f"expected {case.expect.action}, got {verdict.action.value} by {verdict.rule or 'default'}: {verdict.reason}",
+        )
     if case.expect.rule is not None and verdict.rule != case.expect.rule:
-        return TestResult(case.name, False, f"expected rule {case.expect.rule}, got {verdict.rule or 'default'}")
+        return TestResult(
+            case.name, False, f"expected rule {case.expect.rule}, got {verdict.rule or 'default'}"
+        )
     return TestResult(case.name, True, f"{verdict.action.value} by {verdict.rule or 'default'}")
 
 
 def run_tests(policy: Policy) -> list[TestResult]:
     return [run_case(policy, case) for case in policy.document.tests]
-
-

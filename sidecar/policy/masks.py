@@ -56,7 +56,12 @@ def strategy(rule: str, spec: Any, hash_key: bytes | None) -> StrategyMask:
         )
     if isinstance(spec, dict) and len(spec) == 1:
         ((name, argument),) = spec.items()
-        if name == "keep_last" and isinstance(argument, int) and not isinstance(argument, bool) and 0 <= argument <= 1000:
+        if (
+            name == "keep_last"
+            and isinstance(argument, int)
+            and not isinstance(argument, bool)
+            and 0 <= argument <= 1000
+        ):
             count = argument
             return StrategyMask(rule, "keep_last", lambda value: _keep_last(value, count))
         if name == "constant" and isinstance(argument, str | int):
@@ -122,7 +127,9 @@ def json_pattern(text: str, mask: StrategyMask) -> JsonPattern:
     while offset < len(text):
         match = _STEP.match(text, offset)
         if not match:
-            raise ValueError(f"{text!r} is no JSON path that is supported: names, [*], [n], ['name'] and ..name are")
+            raise ValueError(
+                f"{text!r} is no JSON path that is supported: names, [*], [n], ['name'] and ..name are"
+            )
         deep, name, index, quoted = match.groups()
         if deep:
             steps.append(("deep", deep))
@@ -146,8 +153,12 @@ def _mask_json(node: Any, steps: tuple[tuple[str, Any], ...], mask: StrategyMask
     (kind, argument), rest = steps[0], steps[1:]
     if isinstance(node, dict):
         changed, found = False, dict(node)
-        for key, value in node.items():
-            if kind == "any" or (kind == "name" and key == argument) or (kind == "deep" and argument in ("*", key)):
+        for key in node:
+            if (
+                kind == "any"
+                or (kind == "name" and key == argument)
+                or (kind == "deep" and argument in ("*", key))
+            ):
                 found[key], touched = _mask_json(found[key], rest, mask)
                 changed |= touched
             if kind == "deep":
@@ -200,7 +211,10 @@ DETECTORS: Final[Mapping[str, tuple[str, Callable[[str], bool] | None]]] = {
     "phone": (r"\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}\b", None),
     "ip": (r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b", None),
     "jwt": (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*", None),
-    "private_key": (r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\z)", None),
+    "private_key": (
+        r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\z)",
+        None,
+    ),
     "aws_key": (r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", None),
 }
 """Name → (RE2 pattern, check). RE2 has no catastrophic patterns."""
@@ -266,7 +280,8 @@ class Plan:
     def may_mask_table(self, schema: str, table: str) -> bool:
         """`schema` empty: unqualified, so that it may be any."""
         return any(
-            _part(pattern.table, table) and (not schema or _part(pattern.schema, schema)) for pattern in self.columns
+            _part(pattern.table, table) and (not schema or _part(pattern.schema, schema))
+            for pattern in self.columns
         )
 
     def may_mask_column(self, column: str) -> bool:
@@ -302,7 +317,9 @@ class Plan:
             return masked, masked != node
         if isinstance(node, dict):
             rows = {key: self._detect_json(value) for key, value in node.items()}
-            return {key: value for key, (value, _) in rows.items()}, any(touched for _, touched in rows.values())
+            return {key: value for key, (value, _) in rows.items()}, any(
+                touched for _, touched in rows.values()
+            )
         if isinstance(node, list):
             items = [self._detect_json(value) for value in node]
             return [value for value, _ in items], any(touched for _, touched in items)

@@ -118,7 +118,9 @@ def _host(patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
     return test
 
 
-def _number(numbers: tuple[int, ...], fact: str, get: Callable[[Subject], int | None]) -> Callable[[Subject], Answer]:
+def _number(
+    numbers: tuple[int, ...], fact: str, get: Callable[[Subject], int | None]
+) -> Callable[[Subject], Answer]:
     def test(subject: Subject) -> Answer:
         value = get(subject)
         if not value and value != 0:
@@ -129,7 +131,9 @@ def _number(numbers: tuple[int, ...], fact: str, get: Callable[[Subject], int | 
     return test
 
 
-def _fact(patterns: tuple[str, ...], fact: str, get: Callable[[Subject], str | None]) -> Callable[[Subject], Answer]:
+def _fact(
+    patterns: tuple[str, ...], fact: str, get: Callable[[Subject], str | None]
+) -> Callable[[Subject], Answer]:
     return lambda subject: _glob(patterns, get(subject), fact, subject)
 
 
@@ -153,7 +157,11 @@ def table_matches(pattern: str, table: Table) -> bool:
     schema, _, name = pattern.rpartition(".")
     if not fnmatch.fnmatchcase(table.name.lower(), name.lower()):
         return False
-    return not schema or not table.schema or fnmatch.fnmatchcase(table.schema.lower(), schema.rpartition(".")[2].lower())
+    return (
+        not schema
+        or not table.schema
+        or fnmatch.fnmatchcase(table.schema.lower(), schema.rpartition(".")[2].lower())
+    )
 
 
 def _tables(patterns: tuple[str, ...], *, read: bool, written: bool) -> Callable[[Analysis], Answer]:
@@ -188,7 +196,9 @@ def _http(name: str, test: Callable[[HttpOperation, Subject], Answer]) -> Select
     return Selector(name, run)
 
 
-def _pairs(wanted: dict[str, str], get: Callable[[HttpOperation], tuple[tuple[str, str], ...]]) -> Callable[[HttpOperation, Subject], Answer]:
+def _pairs(
+    wanted: dict[str, str], get: Callable[[HttpOperation], tuple[tuple[str, str], ...]]
+) -> Callable[[HttpOperation, Subject], Answer]:
     lowered = {name.lower(): pattern for name, pattern in wanted.items()}
 
     def test(operation: HttpOperation, subject: Subject) -> Answer:
@@ -205,7 +215,10 @@ def _json_equals(wanted: dict[str, Any]) -> Callable[[HttpOperation, Subject], A
         if not operation.body_known:
             subject.unknown("request_json")
             return None
-        return all(_dig(operation.body_json, key.removeprefix("$.").split(".")) == value for key, value in wanted.items())
+        return all(
+            _dig(operation.body_json, key.removeprefix("$.").split(".")) == value
+            for key, value in wanted.items()
+        )
 
     return test
 
@@ -248,12 +261,17 @@ def _principal(when: Any) -> Callable[[Subject], Answer]:
 def _workload(when: Any) -> list[Selector]:
     found: list[Selector] = []
     if when.uid is not None:
-        found.append(Selector("workload.uid", _number(words(when.uid), "workload.uid", lambda s: s.facts.workload.uid)))
+        found.append(
+            Selector("workload.uid", _number(words(when.uid), "workload.uid", lambda s: s.facts.workload.uid))
+        )
     for name in ("exe", "cgroup"):
         patterns = words(getattr(when, name))
         if patterns:
             found.append(
-                Selector(f"workload.{name}", _fact(patterns, f"workload.{name}", lambda s, n=name: getattr(s.facts.workload, n) or None))  # type: ignore[misc]
+                Selector(
+                    f"workload.{name}",
+                    _fact(patterns, f"workload.{name}", _workload_fact(name)),
+                )
             )
     if when.ci is not None:
         for name in ("provider", "repository", "job", "step"):
@@ -262,8 +280,10 @@ def _workload(when: Any) -> list[Selector]:
                 found.append(
                     Selector(
                         f"workload.ci.{name}",
-                        lambda s, n=name, p=patterns: s.facts.workload.ci is not None  # type: ignore[misc]
-                        and any(fnmatch.fnmatchcase(getattr(s.facts.workload.ci, n), x) for x in p),
+                        lambda s, n=name, p=patterns: (
+                            s.facts.workload.ci is not None  # type: ignore[misc]
+                            and any(fnmatch.fnmatchcase(getattr(s.facts.workload.ci, n), x) for x in p)
+                        ),
                     )
                 )
     if when.container is not None:
@@ -276,11 +296,17 @@ def _workload(when: Any) -> list[Selector]:
             found.append(
                 Selector(
                     "workload.container.labels",
-                    lambda s: s.facts.workload.container is not None
-                    and all(item in s.facts.workload.container.labels for item in wanted),
+                    lambda s: (
+                        s.facts.workload.container is not None
+                        and all(item in s.facts.workload.container.labels for item in wanted)
+                    ),
                 )
             )
     return found
+
+
+def _workload_fact(name: str) -> Callable[[Subject], str | None]:
+    return lambda subject: getattr(subject.facts.workload, name) or None
 
 
 def _container_fact(name: str, patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
@@ -313,22 +339,45 @@ def cel_facts(subject: Subject) -> dict[str, Any]:
     """What an expression sees: `operation`, `target`, `principal`, `workload`."""
     operation, facts = subject.operation, subject.facts
     if isinstance(operation, SqlOperation):
-        found: dict[str, Any] = {"protocol": "postgres", "text": operation.text, "database": operation.database or "", "user": operation.user or ""}
+        found: dict[str, Any] = {
+            "protocol": "postgres",
+            "text": operation.text,
+            "database": operation.database or "",
+            "user": operation.user or "",
+        }
         if subject.sql is not None:
             found["statements"] = list(subject.sql.statements)
             found["reads"] = [str(table) for table in subject.sql.reads]
             found["writes"] = [str(table) for table in subject.sql.writes]
             found["functions"] = sorted(subject.sql.functions)
     elif isinstance(operation, HttpOperation):
-        found = {"protocol": "http", "method": operation.method, "host": operation.host or "", "path": operation.path, "query": dict(operation.query), "headers": dict(operation.headers)}
+        found = {
+            "protocol": "http",
+            "method": operation.method,
+            "host": operation.host or "",
+            "path": operation.path,
+            "query": dict(operation.query),
+            "headers": dict(operation.headers),
+        }
     else:
         found = {"protocol": operation.protocol}
     principal = facts.principal
     return {
         "operation": found,
-        "target": {"host": facts.target.host, "port": facts.target.address.port, "address": facts.target.address.host, "name": facts.target.name or ""},
-        "principal": {"issuer": principal.issuer, "subject": principal.subject} if principal else {"issuer": "", "subject": ""},
-        "workload": {"uid": facts.workload.uid if facts.workload.uid is not None else -1, "exe": facts.workload.exe, "cgroup": facts.workload.cgroup},
+        "target": {
+            "host": facts.target.host,
+            "port": facts.target.address.port,
+            "address": facts.target.address.host,
+            "name": facts.target.name or "",
+        },
+        "principal": {"issuer": principal.issuer, "subject": principal.subject}
+        if principal
+        else {"issuer": "", "subject": ""},
+        "workload": {
+            "uid": facts.workload.uid if facts.workload.uid is not None else -1,
+            "exe": facts.workload.exe,
+            "cgroup": facts.workload.cgroup,
+        },
     }
 
 
@@ -338,17 +387,28 @@ def compile_when(when: When) -> tuple[Selector, ...]:
     if when.protocol is not None:
         found.append(Selector("protocol", _protocol(words(when.protocol))))
     if when.port is not None:
-        found.append(Selector("port", _number(words(when.port), "port", lambda s: s.facts.target.address.port or None)))
+        found.append(
+            Selector("port", _number(words(when.port), "port", lambda s: s.facts.target.address.port or None))
+        )
     if when.database is not None:
-        found.append(Selector("database", _fact(words(when.database), "database", lambda s: getattr(s.operation, "database", None))))
+        found.append(
+            Selector(
+                "database",
+                _fact(words(when.database), "database", lambda s: getattr(s.operation, "database", None)),
+            )
+        )
     if when.user is not None:
-        found.append(Selector("user", _fact(words(when.user), "user", lambda s: getattr(s.operation, "user", None))))
+        found.append(
+            Selector("user", _fact(words(when.user), "user", lambda s: getattr(s.operation, "user", None)))
+        )
     if when.method is not None:
         methods = tuple(word.upper() for word in words(when.method))
         found.append(_http("method", lambda op, s: op.method.upper() in methods))
     if when.path is not None:
         patterns = [path_regex(pattern) for pattern in words(when.path)]
-        found.append(_http("path", lambda op, s: any(pattern.match(op.path) is not None for pattern in patterns)))
+        found.append(
+            _http("path", lambda op, s: any(pattern.match(op.path) is not None for pattern in patterns))
+        )
     if when.query is not None:
         found.append(_http("query", _pairs(when.query, lambda op: op.query)))
     if when.headers is not None:
@@ -365,11 +425,22 @@ def compile_when(when: When) -> tuple[Selector, ...]:
             found.append(_sql_fact(name, _tables(patterns_, read=read, written=written)))
     if when.function is not None:
         names = words(when.function)
-        found.append(_sql_fact("function", lambda a: any(fnmatch.fnmatchcase(f, n) for f in a.functions for n in names)))
+        found.append(
+            _sql_fact(
+                "function", lambda a: any(fnmatch.fnmatchcase(f, n) for f in a.functions for n in names)
+            )
+        )
     if when.text is not None:
         pattern = re2.compile(when.text)
         found.append(
-            Selector("text", lambda s: pattern.search(s.operation.text) is not None if isinstance(s.operation, SqlOperation) else False)
+            Selector(
+                "text",
+                lambda s: (
+                    pattern.search(s.operation.text) is not None
+                    if isinstance(s.operation, SqlOperation)
+                    else False
+                ),
+            )
         )
     if when.host is not None:
         found.append(Selector("host", _host(words(when.host))))
@@ -389,4 +460,14 @@ def on_connect(when: When) -> bool:
     return all(getattr(when, name) is None for name in (*SQL_ONLY, *HTTP_ONLY, "database", "user"))
 
 
-__all__ = ["Answer", "ConnectOperation", "Selector", "Subject", "all_of", "compile_when", "on_connect", "table_matches", "words"]
+__all__ = [
+    "Answer",
+    "ConnectOperation",
+    "Selector",
+    "Subject",
+    "all_of",
+    "compile_when",
+    "on_connect",
+    "table_matches",
+    "words",
+]

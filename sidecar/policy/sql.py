@@ -19,32 +19,118 @@ MAX_DEPTH: Final = 400
 """Of the tree; deeper texts are not judged (`on_unparsed`)."""
 
 _KINDS: Final = {
-    "SelectStmt": "SELECT", "InsertStmt": "INSERT", "UpdateStmt": "UPDATE", "DeleteStmt": "DELETE", "MergeStmt": "MERGE",
-    "TruncateStmt": "TRUNCATE", "CopyStmt": "COPY", "ExplainStmt": "EXPLAIN", "PrepareStmt": "PREPARE", "ExecuteStmt": "EXECUTE",
-    "DeallocateStmt": "DEALLOCATE", "DoStmt": "DO", "CallStmt": "CALL", "LockStmt": "LOCK", "ListenStmt": "LISTEN",
-    "UnlistenStmt": "UNLISTEN", "NotifyStmt": "NOTIFY", "DiscardStmt": "DISCARD", "VariableShowStmt": "SHOW", "FetchStmt": "FETCH",
-    "DeclareCursorStmt": "DECLARE", "ClosePortalStmt": "CLOSE", "RenameStmt": "ALTER", "IndexStmt": "CREATE", "ViewStmt": "CREATE",
-    "DefineStmt": "CREATE", "CompositeTypeStmt": "CREATE", "RuleStmt": "CREATE", "CommentStmt": "COMMENT", "ClusterStmt": "CLUSTER",
-    "ReindexStmt": "REINDEX", "RefreshMatViewStmt": "REFRESH", "ReassignOwnedStmt": "REASSIGN", "LoadStmt": "LOAD",
-    "CheckPointStmt": "CHECKPOINT", "SecLabelStmt": "SECURITY LABEL", "ImportForeignSchemaStmt": "IMPORT",
-}  # fmt: skip
+    "SelectStmt": "SELECT",
+    "InsertStmt": "INSERT",
+    "UpdateStmt": "UPDATE",
+    "DeleteStmt": "DELETE",
+    "MergeStmt": "MERGE",
+    "TruncateStmt": "TRUNCATE",
+    "CopyStmt": "COPY",
+    "ExplainStmt": "EXPLAIN",
+    "PrepareStmt": "PREPARE",
+    "ExecuteStmt": "EXECUTE",
+    "DeallocateStmt": "DEALLOCATE",
+    "DoStmt": "DO",
+    "CallStmt": "CALL",
+    "LockStmt": "LOCK",
+    "ListenStmt": "LISTEN",
+    "UnlistenStmt": "UNLISTEN",
+    "NotifyStmt": "NOTIFY",
+    "DiscardStmt": "DISCARD",
+    "VariableShowStmt": "SHOW",
+    "FetchStmt": "FETCH",
+    "DeclareCursorStmt": "DECLARE",
+    "ClosePortalStmt": "CLOSE",
+    "RenameStmt": "ALTER",
+    "IndexStmt": "CREATE",
+    "ViewStmt": "CREATE",
+    "DefineStmt": "CREATE",
+    "CompositeTypeStmt": "CREATE",
+    "RuleStmt": "CREATE",
+    "CommentStmt": "COMMENT",
+    "ClusterStmt": "CLUSTER",
+    "ReindexStmt": "REINDEX",
+    "RefreshMatViewStmt": "REFRESH",
+    "ReassignOwnedStmt": "REASSIGN",
+    "LoadStmt": "LOAD",
+    "CheckPointStmt": "CHECKPOINT",
+    "SecLabelStmt": "SECURITY LABEL",
+    "ImportForeignSchemaStmt": "IMPORT",
+}
 _DDL: Final = frozenset({"CREATE", "ALTER", "DROP", "COMMENT", "IMPORT", "REFRESH", "REASSIGN"})
 _OPAQUE: Final = frozenset({"DO", "CALL", "LOAD"})
-_TRANSACTION: Final = ("TRANSACTION", "BEGIN", "BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "ROLLBACK", "PREPARE TRANSACTION", "COMMIT", "ROLLBACK")  # fmt: skip
+_TRANSACTION: Final = (
+    "TRANSACTION",
+    "BEGIN",
+    "BEGIN",
+    "COMMIT",
+    "ROLLBACK",
+    "SAVEPOINT",
+    "RELEASE",
+    "ROLLBACK",
+    "PREPARE TRANSACTION",
+    "COMMIT",
+    "ROLLBACK",
+)
 """By TransactionStmtKind."""
-_ONLY_WRITTEN: Final = frozenset({"InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt", "TruncateStmt", "CreateStmt", "AlterTableStmt"})  # fmt: skip
+_ONLY_WRITTEN: Final = frozenset(
+    {"InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt", "TruncateStmt", "CreateStmt", "AlterTableStmt"}
+)
 """Their `relation` is written, not read."""
 _SAFE_TABLE_FUNCTIONS: Final = frozenset(
-    {"generate_series", "unnest", "regexp_split_to_table", "string_to_table", "json_array_elements", "jsonb_array_elements",
-     "json_array_elements_text", "jsonb_array_elements_text", "json_each", "jsonb_each", "json_each_text", "jsonb_each_text",
-     "json_to_recordset", "jsonb_to_recordset", "json_object_keys", "jsonb_object_keys", "generate_subscripts", "now"}
-)  # fmt: skip
+    {
+        "generate_series",
+        "unnest",
+        "regexp_split_to_table",
+        "string_to_table",
+        "json_array_elements",
+        "jsonb_array_elements",
+        "json_array_elements_text",
+        "jsonb_array_elements_text",
+        "json_each",
+        "jsonb_each",
+        "json_each_text",
+        "jsonb_each_text",
+        "json_to_recordset",
+        "jsonb_to_recordset",
+        "json_object_keys",
+        "jsonb_object_keys",
+        "generate_subscripts",
+        "now",
+    }
+)
 _TABLE_BY_NAME: Final = frozenset(
-    {"query_to_xml", "table_to_xml", "schema_to_xml", "database_to_xml", "query_to_xml_and_xmlschema", "table_to_xml_and_xmlschema",
-     "schema_to_xml_and_xmlschema", "database_to_xml_and_xmlschema", "cursor_to_xml", "dblink", "dblink_exec", "pg_read_file",
-     "pg_read_binary_file", "lo_export", "lo_import"}
-)  # fmt: skip
-_NOT_FLOWING: Final = frozenset({"where_clause", "group_clause", "sort_clause", "having_clause", "quals", "join_using", "limit_count", "limit_offset", "distinct_clause"})  # fmt: skip
+    {
+        "query_to_xml",
+        "table_to_xml",
+        "schema_to_xml",
+        "database_to_xml",
+        "query_to_xml_and_xmlschema",
+        "table_to_xml_and_xmlschema",
+        "schema_to_xml_and_xmlschema",
+        "database_to_xml_and_xmlschema",
+        "cursor_to_xml",
+        "dblink",
+        "dblink_exec",
+        "pg_read_file",
+        "pg_read_binary_file",
+        "lo_export",
+        "lo_import",
+    }
+)
+_NOT_FLOWING: Final = frozenset(
+    {
+        "where_clause",
+        "group_clause",
+        "sort_clause",
+        "having_clause",
+        "quals",
+        "join_using",
+        "limit_count",
+        "limit_offset",
+        "distinct_clause",
+    }
+)
 """Parts whose columns decide about rows and do not become values of the result."""
 
 
@@ -126,7 +212,11 @@ def analyse(text: str) -> Analysis:
             walker.statement(_unwrap(raw.stmt), top=True)
     except (_TooDeep, RecursionError):
         found.too_deep = True
-    if any(kind in ("CREATE", "ALTER") for kind in found.statements) or "dblink" in text or "password" in text.lower():
+    if (
+        any(kind in ("CREATE", "ALTER") for kind in found.statements)
+        or "dblink" in text
+        or "password" in text.lower()
+    ):
         _passwords(text, found)
     return found
 
@@ -362,7 +452,9 @@ class _Walker:
         elif name == "ParamRef":
             self.found.bound_parameters.append((column, value.number - 1))
 
-    def _children(self, node: Any, depth: int, *, flowing: bool, skip: tuple[str, ...] = (), top: bool = False) -> None:
+    def _children(
+        self, node: Any, depth: int, *, flowing: bool, skip: tuple[str, ...] = (), top: bool = False
+    ) -> None:
         for descriptor, value in node.ListFields():
             if descriptor.name in skip or descriptor.type != descriptor.TYPE_MESSAGE:
                 continue
@@ -371,7 +463,9 @@ class _Walker:
                 inner = _unwrap(child)
                 if top and descriptor.name == "target_list" and inner.DESCRIPTOR.name == "ResTarget":
                     direct = _unwrap(inner.val)
-                    if direct.DESCRIPTOR.name == "ColumnRef" and not node.DESCRIPTOR.name.startswith("Update"):
+                    if direct.DESCRIPTOR.name == "ColumnRef" and not node.DESCRIPTOR.name.startswith(
+                        "Update"
+                    ):
                         if _column(direct) != "*" and len(direct.fields) == 1:
                             # May be a whole row: `SELECT c FROM customers c`.
                             self._maybe_row(direct, node)
@@ -401,7 +495,7 @@ class _Walker:
             return
         if name == "FuncCall":
             self._function(node)
-            flowing = flowing and not (len(node.args) == 0)
+            flowing = flowing and len(node.args) != 0
         elif name == "RangeFunction":
             self._range_function(node)
         elif name == "A_Expr":
@@ -438,7 +532,11 @@ class _Walker:
             part = _unwrap(item)
             call = _unwrap(part.items[0]) if part.DESCRIPTOR.name == "List" and len(part.items) else part
             names = _strings(call.funcname) if call.DESCRIPTOR.name == "FuncCall" else []
-            if not names or names[-1] not in _SAFE_TABLE_FUNCTIONS or (len(names) > 1 and names[0] != "pg_catalog"):
+            if (
+                not names
+                or names[-1] not in _SAFE_TABLE_FUNCTIONS
+                or (len(names) > 1 and names[0] != "pg_catalog")
+            ):
                 self.found.row_functions = True
 
     def _comparison(self, node: Any) -> None:
@@ -476,10 +574,14 @@ def _always_true(node: Any) -> bool:
     """`WHERE true`, `1=1`, `NOT false`, `x = x` is not folded: it is false for NULL."""
     name = node.DESCRIPTOR.name
     if name == "A_Const":
-        return node.HasField("boolval") and node.boolval.boolval
+        return bool(node.HasField("boolval") and node.boolval.boolval)
     if name == "TypeCast":
         inner = _unwrap(node.arg)
-        return inner.DESCRIPTOR.name == "A_Const" and inner.HasField("sval") and inner.sval.sval.lower() in ("t", "true", "on", "yes", "1")
+        return (
+            inner.DESCRIPTOR.name == "A_Const"
+            and inner.HasField("sval")
+            and inner.sval.sval.lower() in ("t", "true", "on", "yes", "1")
+        )
     if name == "A_Expr":
         left = _unwrap(node.lexpr) if node.HasField("lexpr") else None
         right = _unwrap(node.rexpr) if node.HasField("rexpr") else None
@@ -511,11 +613,14 @@ def _has_bare_constants(node: Any) -> bool:
     """Whether a condition holds a part that is only a constant: then its truth, not its shape, decides `without_where`."""
     if _is_constant(node):
         return True
-    return node.DESCRIPTOR.name == "BoolExpr" and any(_has_bare_constants(_unwrap(part)) for part in node.args)
+    return node.DESCRIPTOR.name == "BoolExpr" and any(
+        _has_bare_constants(_unwrap(part)) for part in node.args
+    )
 
 
 _PASSWORD: Final = re.compile(
-    rb"(?i)\b(?:password\s*=?\s*|passwd\s+)(?:E|U&)?('(?:[^'\\]|''|\\.)*'|\$([a-zA-Z_]*)\$.*?\$\2\$|[^\s',;)]+)", re.DOTALL
+    rb"(?i)\b(?:password\s*=?\s*|passwd\s+)(?:E|U&)?('(?:[^'\\]|''|\\.)*'|\$([a-zA-Z_]*)\$.*?\$\2\$|[^\s',;)]+)",
+    re.DOTALL,
 )
 
 
@@ -529,6 +634,7 @@ def _passwords(text: str, found: Analysis) -> None:
 def literal_span(raw: bytes, start: int) -> tuple[int, int] | None:
     """[start, end) of the constant at byte offset `start`."""
     match = re.compile(
-        rb"[eE]'(?:[^'\\]|''|\\.)*'|(?:[bBxXnN]|[uU]&)?'(?:[^']|'')*'|\$([a-zA-Z_]\w*)?\$.*?\$\1\$|[-+]?[\w.]+", re.DOTALL
+        rb"[eE]'(?:[^'\\]|''|\\.)*'|(?:[bBxXnN]|[uU]&)?'(?:[^']|'')*'|\$([a-zA-Z_]\w*)?\$.*?\$\1\$|[-+]?[\w.]+",
+        re.DOTALL,
     ).match(raw, start)
     return match.span() if match else None

@@ -15,7 +15,8 @@ import ssl
 import struct
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from sidecar.errors import AuditError
 from sidecar.model.flow import Address, Side
@@ -117,8 +118,8 @@ class FlowDriver:
         "closed",
         "denied",
         "flow",
-        "holds",
         "held",
+        "holds",
         "loop",
         "protocol",
         "requests",
@@ -128,7 +129,9 @@ class FlowDriver:
         "worker",
     )
 
-    def __init__(self, worker: Worker, client: Hop, session: Session, flow: str, address: Address, protocol: str) -> None:
+    def __init__(
+        self, worker: Worker, client: Hop, session: Session, flow: str, address: Address, protocol: str
+    ) -> None:
         self.worker = worker
         self.loop = worker.loop
         self.client = client
@@ -366,8 +369,8 @@ class FlowDriver:
             case _:
                 raise TypeError(f"{type(command).__name__} is no command")
 
-    def _task(self, coroutine: object) -> None:
-        task = self.loop.create_task(coroutine)  # type: ignore[arg-type]
+    def _task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -435,9 +438,11 @@ class FlowDriver:
         if self.closed:
             return
         try:
-            commands = self.session.abort(CloseReason.INTERNAL_ERROR, "fault of the inspector", time.time_ns())
+            commands = self.session.abort(
+                CloseReason.INTERNAL_ERROR, "fault of the inspector", time.time_ns()
+            )
             self._carry_out(commands)
-        except Exception:  # noqa: BLE001 - the session is broken beyond its own abort
+        except Exception:
             log.exception("flow %s: the session could not be ended in order", self.flow)
         if not self.closed and not self.blocked:
             self._close(CloseReason.INTERNAL_ERROR)

@@ -144,7 +144,9 @@ class HoldDesk:
             statement=request.summary,
             target=f"{facts.target.name or facts.target.host}:{facts.target.address.port}",
             principal=facts.principal.subject if facts.principal else "",
-            process=f"{origin.exe or origin.comm} (pid {origin.tgid}, uid {origin.uid})" if origin else "unknown",
+            process=f"{origin.exe or origin.comm} (pid {origin.tgid}, uid {origin.uid})"
+            if origin
+            else "unknown",
             opened_ns=grant.opened_ns,
             expires_ns=grant.expires_ns,
             state=grant.state.value,

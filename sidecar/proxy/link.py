@@ -305,7 +305,9 @@ class Link:
                 message = self._decoder.decode(data)
             except msgspec.MsgspecError as error:
                 self._lost()
-                raise ProtocolError(f"the other end of the worker link sent what no version of it sends: {error}") from error
+                raise ProtocolError(
+                    f"the other end of the worker link sent what no version of it sends: {error}"
+                ) from error
             self._on_message(message, list(descriptors))
 
     def _lost(self) -> None:

@@ -79,5 +79,3 @@ def open_listeners(workers: int) -> Listeners:
         f"no listening port could be bound on loopback: {failure}",
         hint="bring the loopback interface up: ip link set lo up",
     )
-
-

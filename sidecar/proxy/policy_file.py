@@ -67,7 +67,9 @@ class PolicySource:
         except ConfigurationError as error:
             message = str(error)
             if message != self._error:
-                log.error("policy not reloaded, revision %s stays in force: %s", self.policy.revision, message)
+                log.error(
+                    "policy not reloaded, revision %s stays in force: %s", self.policy.revision, message
+                )
             self._error = message
             return False
         self._error = None
@@ -104,7 +106,9 @@ class PolicySource:
             facts = os.stat(self._path)
         except OSError as error:
             raise ConfigurationError(
-                f"the policy cannot be read: {error.strerror}", file=str(self._path), hint="`policy:` is relative to the configuration file"
+                f"the policy cannot be read: {error.strerror}",
+                file=str(self._path),
+                hint="`policy:` is relative to the configuration file",
             ) from error
         return facts.st_mtime_ns, facts.st_ino, facts.st_size
 
@@ -112,7 +116,9 @@ class PolicySource:
         assert self._path is not None
         self._seen = self._stat()
         if self._seen[2] > MAX_POLICY_BYTES:
-            raise ConfigurationError(f"the policy is larger than {MAX_POLICY_BYTES} bytes", file=str(self._path))
+            raise ConfigurationError(
+                f"the policy is larger than {MAX_POLICY_BYTES} bytes", file=str(self._path)
+            )
         try:
             return self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -89,7 +89,9 @@ class FlowResolver:
                 original,
                 found,
             )
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._facts, peer, original, found)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._facts, peer, original, found
+        )
 
     def _facts(self, peer: Address, original: Address, found: Any) -> FlowFacts:
         attributed = self._attributor.resolve(found)
@@ -97,7 +99,9 @@ class FlowResolver:
         names = self._names.names_of(original.host)
         declared = self._config.target_for(original.host, original.port, names)
         target = self._target(original, names, declared)
-        wants_tls = attributed.client_wants_tls or self._tls_key(attributed.origin, original) in self._wants_tls
+        wants_tls = (
+            attributed.client_wants_tls or self._tls_key(attributed.origin, original) in self._wants_tls
+        )
         now_ns = time.time_ns()
         return FlowFacts(
             flow=self._ids.new(now_ns),

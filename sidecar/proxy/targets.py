@@ -50,7 +50,11 @@ class NameBook:
         now = time.monotonic()
         with self._lock:
             for address in list(self._seen):
-                kept = {name: at for name, at in self._seen[address].items() if now - at < KEEP_S and name in names}
+                kept = {
+                    name: at
+                    for name, at in self._seen[address].items()
+                    if now - at < KEEP_S and name in names
+                }
                 if kept:
                     self._seen[address] = kept
                 else:

@@ -26,7 +26,7 @@ import uvloop
 from sidecar.audit.spool import StreamWriter
 from sidecar.errors import AuditError, SidecarError
 from sidecar.kernel.original_destination import original_destination
-from sidecar.model.flow import Address, FlowFacts, Side
+from sidecar.model.flow import FlowFacts, Side
 from sidecar.model.ids import IdSource
 from sidecar.model.reasons import CloseReason
 from sidecar.model.record import Record
@@ -169,7 +169,11 @@ class Worker:
             os.close(self.writer.switch(descriptors[0]))
             return
         self.writer = StreamWriter(
-            descriptors[0], stream=message.stream, host=self.host, head=message.head, next_seq=message.next_seq
+            descriptors[0],
+            stream=message.stream,
+            host=self.host,
+            head=message.head,
+            next_seq=message.next_seq,
         )
         if not self.servers:
             self.loop.create_task(self._listen())
@@ -177,7 +181,9 @@ class Worker:
     async def _listen(self) -> None:
         for sock in self.listeners:
             self.servers.append(
-                await self.loop.create_server(lambda: Accepted(self), sock=sock, backlog=limits.LISTEN_BACKLOG)
+                await self.loop.create_server(
+                    lambda: Accepted(self), sock=sock, backlog=limits.LISTEN_BACKLOG
+                )
             )
         self.link.send(link.Ready())
 
@@ -212,7 +218,11 @@ class Worker:
     def accepted(self, hop: Accepted) -> None:
         assert hop.transport is not None
         sock = hop.transport.get_extra_info("socket")
-        if sock is None or self._draining or len(self.flows) + len(self.unresolved) >= limits.MAX_FLOWS_PER_WORKER:
+        if (
+            sock is None
+            or self._draining
+            or len(self.flows) + len(self.unresolved) >= limits.MAX_FLOWS_PER_WORKER
+        ):
             hop.reset()
             return
         try:
@@ -354,7 +364,7 @@ class Worker:
         for server in self.servers:
             server.close()
         deadline = time.monotonic() + grace_s
-        while self.flows and time.monotonic() < deadline:
+        while self.flows and time.monotonic() < deadline:  # noqa: ASYNC110 - flows end by themselves
             await asyncio.sleep(0.05)
         for flow in list(self.flows.values()):
             flow.abort(CloseReason.DRAINED, "the inspector is stopping")
@@ -405,14 +415,16 @@ def main() -> int:
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s"
+    )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
     raise_descriptor_limit()
     drop_privileges(arguments.uid, arguments.gid)
     sock = socket.socket(fileno=arguments.link)
     listeners = [socket.socket(fileno=descriptor) for descriptor in arguments.listen]
     try:
-        return uvloop.run(serve(sock, listeners))
+        return int(uvloop.run(serve(sock, listeners)))
     except SidecarError as error:
         log.error("%s", error.message)
         return error.exit_code

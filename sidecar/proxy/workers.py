@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from sidecar.errors import PrerequisiteError
 from sidecar.proxy import limits, link
+from sidecar.proxy.link import FlowStat, Link, Message
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ class WorkerHandle:
     number: int
     listeners: tuple[socket.socket, ...]
     process: subprocess.Popen[bytes] | None = None
-    link: link.Link | None = None
+    link: Link | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     stream: str = ""
-    flows: dict[str, link.FlowStat | None] = field(default_factory=dict)
+    flows: dict[str, FlowStat | None] = field(default_factory=dict)
     open_flows: int = 0
     restarts: int = 0
     last_beat: float = 0.0
@@ -58,7 +59,7 @@ class WorkerHandle:
     def pid(self) -> int:
         return self.process.pid if self.process else 0
 
-    def send(self, message: link.Message, descriptors: tuple[int, ...] = (), sent: Any = None) -> None:
+    def send(self, message: Message, descriptors: tuple[int, ...] = (), sent: Any = None) -> None:
         if self.link is not None:
             self.link.send(message, descriptors, sent)
 
@@ -74,7 +75,9 @@ class WorkerHandle:
 class WorkerPool:
     """Runs on the supervisor's loop."""
 
-    def __init__(self, owner: Owner, listeners: tuple[tuple[socket.socket, ...], ...], uid: int, gid: int) -> None:
+    def __init__(
+        self, owner: Owner, listeners: tuple[tuple[socket.socket, ...], ...], uid: int, gid: int
+    ) -> None:
         self._owner = owner
         self._uid = uid
         self._gid = gid
@@ -104,12 +107,21 @@ class WorkerPool:
         for sock in worker.listeners:
             command += ["--listen", str(sock.fileno())]
         command += ["--uid", str(self._uid), "--gid", str(self._gid)]
-        environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LANG": "C.UTF-8",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         if "PYTHONPATH" in os.environ:
             environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
         worker.ready.clear()
         worker.process = subprocess.Popen(
-            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment, cwd="/"
+            command,
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            env=environment,
+            cwd="/",
         )
         theirs.close()
         worker.started = worker.last_beat = time.monotonic()
@@ -170,12 +182,16 @@ class WorkerPool:
             now = time.monotonic()
             for worker in self.workers:
                 allowed = limits.WORKER_SILENCE_S if worker.ready.is_set() else limits.WORKER_START_S
-                if worker.link is not None and worker.process is not None and now - worker.last_beat > allowed:
+                if (
+                    worker.link is not None
+                    and worker.process is not None
+                    and now - worker.last_beat > allowed
+                ):
                     log.error("worker %d (pid %d) is hung; killed", worker.number, worker.pid)
                     worker.last_beat = now
                     worker.process.send_signal(signal.SIGKILL)
 
-    def broadcast(self, message: link.Message) -> None:
+    def broadcast(self, message: Message) -> None:
         for worker in self.workers:
             worker.send(message)
 

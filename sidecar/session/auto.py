@@ -40,7 +40,11 @@ class AutoSession:
         kind = detect.detect(seen)
         if kind is None and len(seen) < detect.DETECT_MAX_BYTES:
             return []
-        if kind == "tls" and len(seen) < 5 + int.from_bytes(seen[3:5]) and len(seen) < tls_hello.HELLO_MAX_BYTES:
+        if (
+            kind == "tls"
+            and len(seen) < 5 + int.from_bytes(seen[3:5])
+            and len(seen) < tls_hello.HELLO_MAX_BYTES
+        ):
             return []
         self._choose(kind or "opaque", seen)
         assert self._inner is not None
@@ -51,7 +55,9 @@ class AutoSession:
         """The client has said nothing for a while: the server may have to speak first, so the flow is opaque."""
         if self._inner is not None:
             return []
-        self._inner = OpaqueSession(self.context, GapReason.UNKNOWN_PROTOCOL, "the client did not speak first")
+        self._inner = OpaqueSession(
+            self.context, GapReason.UNKNOWN_PROTOCOL, "the client did not speak first"
+        )
         out = self._inner.start(now_ns)
         if self._seen and not _ended(out):
             out += self._inner.receive(Side.CLIENT, bytes(self._seen), now_ns)
@@ -65,11 +71,19 @@ class AutoSession:
             self._inner = HttpSession(context)
         elif kind == "tls":
             name = tls_hello.server_name(seen)
-            self._inner = OpaqueSession(context, GapReason.ENCRYPTED, f"TLS, server name {name}" if name else "TLS without a server name")
+            self._inner = OpaqueSession(
+                context,
+                GapReason.ENCRYPTED,
+                f"TLS, server name {name}" if name else "TLS without a server name",
+            )
         elif kind == "http2":
-            self._inner = OpaqueSession(context, GapReason.ENCRYPTED, "HTTP/2 in plain text is not inspected in this version")
+            self._inner = OpaqueSession(
+                context, GapReason.ENCRYPTED, "HTTP/2 in plain text is not inspected in this version"
+            )
         else:
-            self._inner = OpaqueSession(context, GapReason.UNKNOWN_PROTOCOL, "the first bytes are of no known protocol")
+            self._inner = OpaqueSession(
+                context, GapReason.UNKNOWN_PROTOCOL, "the first bytes are of no known protocol"
+            )
 
     def eof(self, side: Side, now_ns: int) -> list[Command]:
         if self._inner is None:
@@ -83,7 +97,9 @@ class AutoSession:
     def assertion_signed(self, assertion: str | None, now_ns: int) -> list[Command]:
         return self._inner.assertion_signed(assertion, now_ns) if self._inner else []
 
-    def hold_decided(self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int) -> list[Command]:
+    def hold_decided(
+        self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
+    ) -> list[Command]:
         return self._inner.hold_decided(hold_id, outcome, by, reason, now_ns) if self._inner else []
 
     def engine_changed(self, engine: Engine, now_ns: int) -> list[Command]:

@@ -137,7 +137,9 @@ class Session(Protocol):
         """None: the supervisor could not sign; the session goes on without the setting and says so in a record."""
         ...
 
-    def hold_decided(self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int) -> list[Command]:
+    def hold_decided(
+        self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
+    ) -> list[Command]:
         """`outcome`: `approved`, `rejected` or `expired`. Judged again by the current policy before anything is released."""
         ...
 

@@ -40,7 +40,9 @@ class SessionContext:
             )
         )
         self.principal_summary = (
-            msgspec.Raw(_encode({"issuer": principal.issuer, "subject": principal.subject})) if principal else None
+            msgspec.Raw(_encode({"issuer": principal.issuer, "subject": principal.subject}))
+            if principal
+            else None
         )
 
     def target_part(
@@ -88,7 +90,13 @@ class SessionContext:
         )
 
     def close_record(
-        self, reason: CloseReason, now_ns: int, *, detail: str | None = None, bytes_client: int, bytes_server: int
+        self,
+        reason: CloseReason,
+        now_ns: int,
+        *,
+        detail: str | None = None,
+        bytes_client: int,
+        bytes_server: int,
     ) -> Record:
         """The `close` record. `bytes_client` came from the client, `bytes_server` from the server."""
         return Record(
@@ -131,7 +139,11 @@ def verdict_part(verdict: Verdict) -> VerdictPart:
 
 def denial_message(rule: str | None, reason: str) -> str:
     """The sentence a client sees, in every protocol."""
-    return f"denied by policy: {rule or 'default'}: {reason}" if reason else f"denied by policy: {rule or 'default'}"
+    return (
+        f"denied by policy: {rule or 'default'}: {reason}"
+        if reason
+        else f"denied by policy: {rule or 'default'}"
+    )
 
 
 IDENTITY_RULE = "identity.required"

@@ -34,13 +34,31 @@ from sidecar.session.commands import (
     WithdrawHold,
     WriteRecord,
 )
-from sidecar.session.context import IDENTITY_RULE, SessionContext, denial_message, identity_verdict_part, verdict_part
+from sidecar.session.context import (
+    IDENTITY_RULE,
+    SessionContext,
+    denial_message,
+    identity_verdict_part,
+    verdict_part,
+)
 
 CLIENT, SERVER = Side.CLIENT, Side.SERVER
 MAX_PIPELINED: Final = 256
 DISCARD_MAX_BYTES: Final = 64 * 1024 * 1024
 """How much of a refused request's body is read off to keep the connection."""
-CREDENTIAL_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key", "x-auth-token", "x-amz-security-token", "private-token", "x-vault-token"})  # fmt: skip
+CREDENTIAL_HEADERS: Final = frozenset(
+    {
+        "authorization",
+        "proxy-authorization",
+        "cookie",
+        "set-cookie",
+        "x-api-key",
+        "x-auth-token",
+        "x-amz-security-token",
+        "private-token",
+        "x-vault-token",
+    }
+)
 SECRET_QUERY: Final = ("token", "key", "secret", "password", "sig", "signature", "credential", "auth")
 REMOVED: Final = "[removed]"
 
@@ -48,7 +66,18 @@ REMOVED: Final = "[removed]"
 class Pending:
     """A request that was forwarded and is not answered yet (or one that we answer in its turn)."""
 
-    __slots__ = ("answer", "body_bytes", "body_digest", "close", "held_ns", "method", "plan", "record_id", "started_ns", "verdict")
+    __slots__ = (
+        "answer",
+        "body_bytes",
+        "body_digest",
+        "close",
+        "held_ns",
+        "method",
+        "plan",
+        "record_id",
+        "started_ns",
+        "verdict",
+    )
 
     def __init__(self, method: str, record_id: str, started_ns: int) -> None:
         self.method = method
@@ -163,7 +192,9 @@ class HttpSession:
     def assertion_signed(self, assertion: str | None, now_ns: int) -> list[Command]:
         return []
 
-    def hold_decided(self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int) -> list[Command]:
+    def hold_decided(
+        self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
+    ) -> list[Command]:
         self._now = now_ns
         held = self._held
         if held is None or held[0] != hold_id:
@@ -171,14 +202,22 @@ class HttpSession:
         self._held = None
         _, head, body, operation, verdict, record_id, since = held
         again = self.context.engine.evaluate(operation, self.facts)
-        allowed = again.action in (Action.ALLOW, Action.MASK) or (again.action is Action.HOLD and again.rule == verdict.rule)
+        allowed = again.action in (Action.ALLOW, Action.MASK) or (
+            again.action is Action.HOLD and again.rule == verdict.rule
+        )
         if outcome == "approved" and allowed:
             pending = self._forward(head, again, record_id, whole=body)
             pending.held_ns = now_ns - since
         else:
-            why = f"{outcome}{f' by {by}' if by else ''}{f': {reason}' if reason else ''}" if outcome != "approved" else again.reason
+            why = (
+                f"{outcome}{f' by {by}' if by else ''}{f': {reason}' if reason else ''}"
+                if outcome != "approved"
+                else again.reason
+            )
             rule = (verdict if outcome != "approved" else again).rule or "default"
-            self._answer(head.method, record_id, 403, denial_message(rule, why), rule, close=not head.keep_alive)
+            self._answer(
+                head.method, record_id, 403, denial_message(rule, why), rule, close=not head.keep_alive
+            )
         if self._paused:
             self._paused = False
             self._out.append(PauseReading(CLIENT, False))
@@ -199,7 +238,9 @@ class HttpSession:
         self._now = now_ns
         gone = (CloseReason.UPSTREAM_UNREACHABLE, CloseReason.CLIENT_CLOSED, CloseReason.SERVER_CLOSED)
         if reason not in gone and not self._raw and self._response is None:
-            self._out.append(Send(CLIENT, _problem(503, f"Sidecar: {detail or reason.value}", "", "", close=True)))
+            self._out.append(
+                Send(CLIENT, _problem(503, f"Sidecar: {detail or reason.value}", "", "", close=True))
+            )
         self._close(reason, detail)
         return self._take()
 
@@ -227,16 +268,32 @@ class HttpSession:
         self._pending.clear()
         self._out.append(
             WriteRecord(
-                self.context.close_record(reason, self._now, detail=detail, bytes_client=self._bytes[0], bytes_server=self._bytes[1])
+                self.context.close_record(
+                    reason, self._now, detail=detail, bytes_client=self._bytes[0], bytes_server=self._bytes[1]
+                )
             )
         )
         self._out.append(CloseFlow(reason))
 
     def _bad(self, status: int, message: str, side: Side) -> None:
         if side is CLIENT and not self._pending:
-            self._out.append(Send(CLIENT, _problem(status, f"Sidecar: the request was not understood: {message}", "", "", close=True)))
+            self._out.append(
+                Send(
+                    CLIENT,
+                    _problem(
+                        status, f"Sidecar: the request was not understood: {message}", "", "", close=True
+                    ),
+                )
+            )
         elif side is SERVER and self._response is None:
-            self._out.append(Send(CLIENT, _problem(503, f"Sidecar: the server's answer was not understood: {message}", "", "", close=True)))
+            self._out.append(
+                Send(
+                    CLIENT,
+                    _problem(
+                        503, f"Sidecar: the server's answer was not understood: {message}", "", "", close=True
+                    ),
+                )
+            )
         self._close(CloseReason.PROTOCOL_ERROR, f"{side.value}: {message}")
 
     # -- requests
@@ -270,10 +327,14 @@ class HttpSession:
             end = data.find(b"\r\n\r\n", offset)
             limit = self.context.limits.head_max_bytes
             if end < 0:
-                while data[offset : offset + 2] == b"\r\n":  # RFC 9112 section 2.2: empty lines before a request
+                while (
+                    data[offset : offset + 2] == b"\r\n"
+                ):  # RFC 9112 section 2.2: empty lines before a request
                     offset += 2
                 if len(data) - offset > limit:
-                    raise LimitExceeded(f"a request head over {limit} bytes", limit="head_max_bytes", value=limit)
+                    raise LimitExceeded(
+                        f"a request head over {limit} bytes", limit="head_max_bytes", value=limit
+                    )
                 break
             if end + 4 - offset > limit:
                 raise LimitExceeded(f"a request head over {limit} bytes", limit="head_max_bytes", value=limit)
@@ -315,12 +376,16 @@ class HttpSession:
         if len(hosts) > 1 or (head.version == "1.1" and not hosts):
             raise ProtocolError("an HTTP/1.1 request has exactly one Host")
         body = http1.framing(head, request=True)
-        host, path, raw_path, query = http1.split_target(head.target, hosts[0].decode("latin-1") if hosts else None)
+        host, path, raw_path, query = http1.split_target(
+            head.target, hosts[0].decode("latin-1") if hosts else None
+        )
         reserved = (self.facts.attachment.reserved_header or "").lower()
         if reserved:
             # Also the spellings that servers fold into it (CGI turns - into _).
             head.headers = [
-                (key, value) for key, value in head.headers if key.decode("latin-1").lower().replace("_", "-") != reserved.replace("_", "-")
+                (key, value)
+                for key, value in head.headers
+                if key.decode("latin-1").lower().replace("_", "-") != reserved.replace("_", "-")
             ]
         operation = HttpOperation(
             method=head.method,
@@ -328,15 +393,23 @@ class HttpSession:
             path=path,
             raw_path=raw_path,
             query=query,
-            headers=tuple((key.decode("latin-1").lower(), value.decode("latin-1")) for key, value in head.headers),
+            headers=tuple(
+                (key.decode("latin-1").lower(), value.decode("latin-1")) for key, value in head.headers
+            ),
         )
         if self._refused is not None:
             rule, reason = self._refused
-            record_id = self._record(head, operation, None, identity_verdict_part(reason, self.context.engine.revision))
+            record_id = self._record(
+                head, operation, None, identity_verdict_part(reason, self.context.engine.revision)
+            )
             self._answer(head.method, record_id, 403, denial_message(rule, reason), rule, close=True)
-            self._close(CloseReason.IDENTITY_REQUIRED if rule == IDENTITY_RULE else CloseReason.DENIED, reason)
+            self._close(
+                CloseReason.IDENTITY_REQUIRED if rule == IDENTITY_RULE else CloseReason.DENIED, reason
+            )
             return
-        wants_json = self.context.engine.wants_request_json and b"json" in (head.get(b"content-type") or b"").lower()
+        wants_json = (
+            self.context.engine.wants_request_json and b"json" in (head.get(b"content-type") or b"").lower()
+        )
         verdict = self.context.engine.evaluate(operation, self.facts)
         if (wants_json or verdict.action is Action.HOLD) and not body.done:
             if (head.get(b"expect") or b"").lower() == b"100-continue":
@@ -358,8 +431,17 @@ class HttpSession:
         limit = self.context.limits.held_max_bytes
         if len(collected) > limit:
             self._waiting = None
-            record_id = self._record(head, operation, None, verdict_part(self.context.engine.evaluate(operation, self.facts)))
-            self._answer(head.method, record_id, 403, denial_message("limit", f"a rule needs the whole body, and it is over {limit} bytes"), "limit", close=True)
+            record_id = self._record(
+                head, operation, None, verdict_part(self.context.engine.evaluate(operation, self.facts))
+            )
+            self._answer(
+                head.method,
+                record_id,
+                403,
+                denial_message("limit", f"a rule needs the whole body, and it is over {limit} bytes"),
+                "limit",
+                close=True,
+            )
             self._close(CloseReason.LIMIT, "a body over the limit that a rule needs whole")
             return take
         if body.done:
@@ -375,7 +457,9 @@ class HttpSession:
             self._judged(head, Body("none", done=True), operation, verdict, bytes(collected))
         return take
 
-    def _judged(self, head: Head, body: Body, operation: HttpOperation, verdict: Verdict, whole: bytes) -> None:
+    def _judged(
+        self, head: Head, body: Body, operation: HttpOperation, verdict: Verdict, whole: bytes
+    ) -> None:
         part = verdict_part(verdict)
         record_id = self._record(head, operation, whole or None, part)
         if verdict.action is Action.DENY:
@@ -401,7 +485,9 @@ class HttpSession:
         pending.close = not head.keep_alive
         attachment = self.facts.attachment
         if attachment.http_header and attachment.http_token is not None:
-            head.headers.append((attachment.http_header.encode("latin-1"), attachment.http_token.reveal().encode("latin-1")))
+            head.headers.append(
+                (attachment.http_header.encode("latin-1"), attachment.http_token.reveal().encode("latin-1"))
+            )
         if plan and (plan.has_json or plan.has_detectors):
             head.without(b"accept-encoding", b"range", b"if-range")
             head.headers.append((b"Accept-Encoding", b"identity"))
@@ -411,24 +497,39 @@ class HttpSession:
             self._last_request = True
         return pending
 
-    def _hold(self, head: Head, whole: bytes, operation: HttpOperation, verdict: Verdict, record_id: str) -> None:
+    def _hold(
+        self, head: Head, whole: bytes, operation: HttpOperation, verdict: Verdict, record_id: str
+    ) -> None:
         assert verdict.approve is not None
         hold_id = self.context.ids.new(self._now)
         principal = self.facts.principal
         subject = [principal.issuer, principal.subject] if principal else None
         digest = hashlib.sha256(
-            msgspec.msgpack.encode([head.start, operation.host, operation.headers, whole, str(self.facts.target.address), subject])
+            msgspec.msgpack.encode(
+                [
+                    head.start,
+                    operation.host,
+                    operation.headers,
+                    whole,
+                    str(self.facts.target.address),
+                    subject,
+                ]
+            )
         ).hexdigest()
         self._held = (hold_id, head, whole, operation, verdict, record_id, self._now)
         expires = self._now + int(verdict.approve.within_s * 1e9)
         self._out.append(
             WriteRecord(
                 Record(
-                    id=self.context.ids.new(self._now), ts_ns=self._now, kind="hold", flow=self.facts.flow, request=record_id,
+                    id=self.context.ids.new(self._now),
+                    ts_ns=self._now,
+                    kind="hold",
+                    flow=self.facts.flow,
+                    request=record_id,
                     hold=HoldPart(id=hold_id, expires_ns=expires, digest=digest, reason=verdict.reason),
                 )
             )
-        )  # fmt: skip
+        )
         self._out.append(
             OpenHold(
                 hold_id=hold_id,
@@ -460,11 +561,13 @@ class HttpSession:
                         kind="request",
                         method=operation.method,
                         path=_safe_target(operation),
-                        headers=tuple((name, REMOVED if name in hidden else value) for name, value in operation.headers),
+                        headers=tuple(
+                            (name, REMOVED if name in hidden else value) for name, value in operation.headers
+                        ),
                         body=_text(whole[:limit]) if whole else None,
                         body_bytes=len(whole) if whole else None,
                         body_digest=hashlib.sha256(whole).hexdigest() if whole else None,
-                        truncated=bool(whole) and len(whole) > limit,
+                        truncated=whole is not None and len(whole) > limit,
                     ),
                     verdict=part,
                 )
@@ -472,7 +575,9 @@ class HttpSession:
         )
         return record_id
 
-    def _answer(self, method: str, record_id: str, status: int, detail: str, rule: str, *, close: bool) -> None:
+    def _answer(
+        self, method: str, record_id: str, status: int, detail: str, rule: str, *, close: bool
+    ) -> None:
         """A response of ours, in its turn."""
         data = _problem(status, detail, rule, record_id, close=close, head_only=method == "HEAD")
         pending = Pending(method, record_id, self._now)
@@ -539,7 +644,13 @@ class HttpSession:
             self._raw = True
             self._response = None
             self._out.append(
-                WriteRecord(self.context.gap_record(GapReason.UNKNOWN_PROTOCOL, self._now, detail="the connection was upgraded and is relayed"))
+                WriteRecord(
+                    self.context.gap_record(
+                        GapReason.UNKNOWN_PROTOCOL,
+                        self._now,
+                        detail="the connection was upgraded and is relayed",
+                    )
+                )
             )
             if self._client:
                 self._upstream(bytes(self._client))
@@ -560,7 +671,13 @@ class HttpSession:
             head.headers = masked
         kind = (head.get(b"content-type") or b"").lower()
         is_json = b"json" in kind
-        needs = plan is not None and not body.done and ((plan.has_json and is_json) or (plan.has_detectors and (is_json or kind.startswith(b"text/"))))
+        needs = (
+            plan is not None
+            and not body.done
+            and (
+                (plan.has_json and is_json) or (plan.has_detectors and (is_json or kind.startswith(b"text/")))
+            )
+        )
         self._response_body = body
         if needs:
             self._collected = bytearray()
@@ -602,7 +719,15 @@ class HttpSession:
             masked = self._masked(head, pending, bytes(self._collected))
             if masked is None:
                 return
-            head.without(b"content-length", b"transfer-encoding", b"content-encoding", b"etag", b"digest", b"content-md5", b"repr-digest")
+            head.without(
+                b"content-length",
+                b"transfer-encoding",
+                b"content-encoding",
+                b"etag",
+                b"digest",
+                b"content-md5",
+                b"repr-digest",
+            )
             head.headers.append((b"Content-Length", str(len(masked)).encode()))
             self._out.append(Send(CLIENT, head.encode() + masked))
             self._note(masked)
@@ -635,7 +760,10 @@ class HttpSession:
             if b"json" not in (head.get(b"content-type") or b"").lower():
                 return plan.detect_text(raw)
             if b"ndjson" in (head.get(b"content-type") or b"").lower():
-                return b"\n".join(orjson.dumps(plan.apply_json(orjson.loads(line))[0]) if line.strip() else line for line in raw.split(b"\n"))
+                return b"\n".join(
+                    orjson.dumps(plan.apply_json(orjson.loads(line))[0]) if line.strip() else line
+                    for line in raw.split(b"\n")
+                )
             document, changed = plan.apply_json(orjson.loads(raw))
         except (zlib.error, orjson.JSONDecodeError, RecursionError) as error:
             self._cannot_mask(f"the body is not understood ({type(error).__name__})")
@@ -647,7 +775,16 @@ class HttpSession:
         pending = self._pending.popleft()
         rule = pending.plan.rules[0] if pending.plan else "mask"
         self._out.append(
-            Send(CLIENT, _problem(403, denial_message(rule, f"the response cannot be masked: {why}"), rule, pending.record_id, close=True))
+            Send(
+                CLIENT,
+                _problem(
+                    403,
+                    denial_message(rule, f"the response cannot be masked: {why}"),
+                    rule,
+                    pending.record_id,
+                    close=True,
+                ),
+            )
         )
         self._record_response(pending, self._response, error=f"not passed on: {why}")
         self._close(CloseReason.DENIED, why)
@@ -656,7 +793,12 @@ class HttpSession:
         limit = self.context.limits.response_max_bytes
         record_plan = pending.verdict.record_masks if pending.verdict else None
         body: str | bytes | None = _text(bytes(self._stored)) if self._stored else None
-        if body and record_plan and record_plan is not pending.plan and (record_plan.has_json or record_plan.has_detectors):
+        if (
+            body
+            and record_plan
+            and record_plan is not pending.plan
+            and (record_plan.has_json or record_plan.has_detectors)
+        ):
             try:
                 body = orjson.dumps(record_plan.apply_json(orjson.loads(body))[0]).decode()
             except orjson.JSONDecodeError:
@@ -669,7 +811,11 @@ class HttpSession:
                     kind="response",
                     flow=self.facts.flow,
                     request=pending.record_id,
-                    operation=OperationPart(kind="request_body", body_bytes=pending.body_bytes, body_digest=pending.body_digest.hexdigest())
+                    operation=OperationPart(
+                        kind="request_body",
+                        body_bytes=pending.body_bytes,
+                        body_digest=pending.body_digest.hexdigest(),
+                    )
                     if pending.body_digest
                     else None,
                     response=ResponsePart(
@@ -695,7 +841,14 @@ class HttpSession:
 
 def _known(operation: HttpOperation, parsed: object | None) -> HttpOperation:
     return HttpOperation(
-        operation.method, operation.host, operation.path, operation.raw_path, operation.query, operation.headers, parsed, True
+        operation.method,
+        operation.host,
+        operation.path,
+        operation.raw_path,
+        operation.query,
+        operation.headers,
+        parsed,
+        True,
     )
 
 
@@ -711,20 +864,44 @@ def _safe_target(operation: HttpOperation) -> str:
     if not operation.query:
         return operation.raw_path
     parts = [
-        f"{name}={REMOVED if any(word in name.lower() for word in SECRET_QUERY) else value}" for name, value in operation.query
+        f"{name}={REMOVED if any(word in name.lower() for word in SECRET_QUERY) else value}"
+        for name, value in operation.query
     ]
     return operation.raw_path + "?" + "&".join(parts)
 
 
-def _problem(status: int, detail: str, rule: str, record_id: str, *, close: bool, head_only: bool = False) -> bytes:
+def _problem(
+    status: int, detail: str, rule: str, record_id: str, *, close: bool, head_only: bool = False
+) -> bytes:
     """RFC 9457 problem details."""
-    reasons = {400: "Bad Request", 403: "Forbidden", 413: "Content Too Large", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
-    document: dict[str, Any] = {"type": "about:blank", "title": reasons[status] if status != 503 else "Sidecar: Service Unavailable", "status": status, "detail": detail}
+    reasons = {
+        400: "Bad Request",
+        403: "Forbidden",
+        413: "Content Too Large",
+        431: "Request Header Fields Too Large",
+        503: "Service Unavailable",
+    }
+    document: dict[str, Any] = {
+        "type": "about:blank",
+        "title": reasons[status] if status != 503 else "Sidecar: Service Unavailable",
+        "status": status,
+        "detail": detail,
+    }
     if record_id:
         short = short_id(record_id)
-        document |= {"instance": f"urn:uuid:{record_id}", "rule": rule, "record": short, "hint": f"sidecar why {short}"}
+        document |= {
+            "instance": f"urn:uuid:{record_id}",
+            "rule": rule,
+            "record": short,
+            "hint": f"sidecar why {short}",
+        }
     body = orjson.dumps(document)
-    lines = [f"HTTP/1.1 {status} {reasons[status]}", "Content-Type: application/problem+json", f"Content-Length: {len(body)}", "Via: 1.1 sidecar"]
+    lines = [
+        f"HTTP/1.1 {status} {reasons[status]}",
+        "Content-Type: application/problem+json",
+        f"Content-Length: {len(body)}",
+        "Via: 1.1 sidecar",
+    ]
     if close:
         lines.append("Connection: close")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if head_only else body)

@@ -17,7 +17,12 @@ class OpaqueSession:
     the upstream connection are there already (a session that detected this took them)."""
 
     def __init__(
-        self, context: SessionContext, gap: GapReason | None = None, detail: str | None = None, *, opened: bool = False
+        self,
+        context: SessionContext,
+        gap: GapReason | None = None,
+        detail: str | None = None,
+        *,
+        opened: bool = False,
     ) -> None:
         self.context = context
         self._gap = gap
@@ -70,7 +75,9 @@ class OpaqueSession:
     def eof(self, side: Side, now_ns: int) -> list[Command]:
         self._eof[side] = True
         if all(self._eof.values()):
-            return self._close(CloseReason.CLIENT_CLOSED if side is Side.CLIENT else CloseReason.SERVER_CLOSED, now_ns)
+            return self._close(
+                CloseReason.CLIENT_CLOSED if side is Side.CLIENT else CloseReason.SERVER_CLOSED, now_ns
+            )
         if side is Side.CLIENT and not self._connected:
             return []
         return [HalfClose(Side.SERVER if side is Side.CLIENT else Side.CLIENT)]
@@ -81,7 +88,9 @@ class OpaqueSession:
     def assertion_signed(self, assertion: str | None, now_ns: int) -> list[Command]:
         return []
 
-    def hold_decided(self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int) -> list[Command]:
+    def hold_decided(
+        self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
+    ) -> list[Command]:
         return []
 
     def engine_changed(self, engine: Engine, now_ns: int) -> list[Command]:

@@ -131,13 +131,19 @@ class PostgresSession:
         else:
             part = verdict_part(verdict)
             if verdict.action is Action.DENY:
-                self._refused = ("42501", denial_message(verdict.rule, verdict.reason), verdict.rule or "default")
+                self._refused = (
+                    "42501",
+                    denial_message(verdict.rule, verdict.reason),
+                    verdict.rule or "default",
+                )
         out.append(WriteRecord(context.open_record("postgres", part, now_ns)))
         if self._refused is None:
             self._upstream = "connecting"
             out.append(OpenUpstream())
             if self.facts.client_wants_tls or self.facts.target.tls_mode == "passthrough":
-                self._go_raw(GapReason.CLIENT_REQUIRES_TLS, "the client demands TLS, which this version does not open")
+                self._go_raw(
+                    GapReason.CLIENT_REQUIRES_TLS, "the client demands TLS, which this version does not open"
+                )
         return self._take()
 
     def upstream_connected(self, now_ns: int) -> list[Command]:
@@ -170,7 +176,12 @@ class PostgresSession:
         except LimitExceeded as error:
             self._fail("54000", f"sidecar: {error.message}", CloseReason.LIMIT, error.message)
         except ProtocolError as error:
-            self._fail("08P01", f"sidecar: {error.message}", CloseReason.PROTOCOL_ERROR, f"{side.value}: {error.message}")
+            self._fail(
+                "08P01",
+                f"sidecar: {error.message}",
+                CloseReason.PROTOCOL_ERROR,
+                f"{side.value}: {error.message}",
+            )
         return self._take()
 
     def eof(self, side: Side, now_ns: int) -> list[Command]:
@@ -179,7 +190,13 @@ class PostgresSession:
             self._client_eof = True
             if self._phase == "startup" and self._answered_n and not self._startup_seen:
                 self.client_requires_tls = True
-                self._out.append(WriteRecord(self.context.gap_record(GapReason.CLIENT_REQUIRES_TLS, now_ns, detail=REQUIRES_TLS_DETAIL)))
+                self._out.append(
+                    WriteRecord(
+                        self.context.gap_record(
+                            GapReason.CLIENT_REQUIRES_TLS, now_ns, detail=REQUIRES_TLS_DETAIL
+                        )
+                    )
+                )
                 self._close(CloseReason.CLIENT_CLOSED, REQUIRES_TLS_DETAIL)
             elif self._phase == "raw" and self._upstream == "open":
                 self._out.append(HalfClose(SERVER))
@@ -206,19 +223,30 @@ class PostgresSession:
         self._inject_next()
         return self._take()
 
-    def hold_decided(self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int) -> list[Command]:
+    def hold_decided(
+        self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
+    ) -> list[Command]:
         self._now = now_ns
         held = self._held
         if held is None or held.hold_id != hold_id:
             return self._take()
         self._held = None
         if outcome == "approved":
-            decision = self._decide(held.portal.prepared.raw if held.portal else held.decision.text.encode("utf-8", "surrogateescape"))
+            decision = self._decide(
+                held.portal.prepared.raw
+                if held.portal
+                else held.decision.text.encode("utf-8", "surrogateescape")
+            )
             again = decision.verdict
             if decision.passes or (again.action is Action.HOLD and again.rule == held.decision.verdict.rule):
                 self._release(held, decision)
             else:
-                self._refuse(held.kind, held.record_id, decision.denial or ("42501", denial_message(again.rule, again.reason), again.rule or ""), held.portal)
+                self._refuse(
+                    held.kind,
+                    held.record_id,
+                    decision.denial or ("42501", denial_message(again.rule, again.reason), again.rule or ""),
+                    held.portal,
+                )
         else:
             who = f" by {by}" if by else ""
             why = f"{outcome}{who}" + (f": {reason}" if reason else "")
@@ -245,8 +273,20 @@ class PostgresSession:
 
     def abort(self, reason: CloseReason, detail: str, now_ns: int) -> list[Command]:
         self._now = now_ns
-        if reason not in (CloseReason.UPSTREAM_UNREACHABLE, CloseReason.CLIENT_CLOSED, CloseReason.SERVER_CLOSED) and self._phase != "raw":
-            self._send(CLIENT, messages.error("58000", f"sidecar: {detail or reason.value}", severity="FATAL", hint="this is a failure of the inspector's, not of the server; sidecar status"))
+        if (
+            reason
+            not in (CloseReason.UPSTREAM_UNREACHABLE, CloseReason.CLIENT_CLOSED, CloseReason.SERVER_CLOSED)
+            and self._phase != "raw"
+        ):
+            self._send(
+                CLIENT,
+                messages.error(
+                    "58000",
+                    f"sidecar: {detail or reason.value}",
+                    severity="FATAL",
+                    hint="this is a failure of the inspector's, not of the server; sidecar status",
+                ),
+            )
         self._close(reason, detail)
         return self._take()
 
@@ -267,7 +307,9 @@ class PostgresSession:
             self._send(CLIENT, data)
 
     def _gap(self, detail: str) -> None:
-        self._out.append(WriteRecord(self.context.gap_record(GapReason.UNKNOWN_PROTOCOL, self._now, detail=detail)))
+        self._out.append(
+            WriteRecord(self.context.gap_record(GapReason.UNKNOWN_PROTOCOL, self._now, detail=detail))
+        )
 
     def _close(self, reason: CloseReason, detail: str | None = None) -> None:
         if self._closed:
@@ -283,7 +325,9 @@ class PostgresSession:
         self._pending.clear()
         self._out.append(
             WriteRecord(
-                self.context.close_record(reason, self._now, detail=detail, bytes_client=self._bytes[0], bytes_server=self._bytes[1])
+                self.context.close_record(
+                    reason, self._now, detail=detail, bytes_client=self._bytes[0], bytes_server=self._bytes[1]
+                )
             )
         )
         self._out.append(CloseFlow(reason))
@@ -323,7 +367,11 @@ class PostgresSession:
             elif self._phase == "auth":
                 self._auth_answers()
             elif len(self._client) > self.context.limits.statement_max_bytes:
-                raise LimitExceeded("too much was sent ahead", limit="statement_max_bytes", value=self.context.limits.statement_max_bytes)
+                raise LimitExceeded(
+                    "too much was sent ahead",
+                    limit="statement_max_bytes",
+                    value=self.context.limits.statement_max_bytes,
+                )
 
     def _startup_packets(self) -> None:
         limit = self.context.limits.startup_max_bytes
@@ -334,7 +382,9 @@ class PostgresSession:
                     self._close(CloseReason.DENIED, "TLS without the possibility to answer")
                     return
                 if self.context.judge_connect("opaque").action is Action.DENY:
-                    self._close(CloseReason.DENIED, "TLS cannot be inspected, and the policy's default denies")
+                    self._close(
+                        CloseReason.DENIED, "TLS cannot be inspected, and the policy's default denies"
+                    )
                     return
                 self._go_raw(GapReason.CLIENT_REQUIRES_TLS, "the client begins with TLS")
                 if self._upstream == "open":
@@ -396,7 +446,11 @@ class PostgresSession:
         reserved = attachment.reserved_setting
         options = (startup.get(b"options") or b"").decode("utf-8", "replace")
         if reserved and _option_sets(options, reserved):
-            self._refused = ("42501", denial_message("identity.attach", f"only the inspector sets {reserved}"), "identity.attach")
+            self._refused = (
+                "42501",
+                denial_message("identity.attach", f"only the inspector sets {reserved}"),
+                "identity.attach",
+            )
         if self._refused is not None:
             sqlstate, text, rule = self._refused
             record_id = self.facts.flow
@@ -404,7 +458,11 @@ class PostgresSession:
             identity = rule == IDENTITY_RULE
             self._close(CloseReason.IDENTITY_REQUIRED if identity else CloseReason.DENIED, text)
             return
-        parameters = [pair for pair in startup.parameters if not reserved or pair[0].decode("utf-8", "replace").lower() != reserved.lower()]
+        parameters = [
+            pair
+            for pair in startup.parameters
+            if not reserved or pair[0].decode("utf-8", "replace").lower() != reserved.lower()
+        ]
         if attachment.postgres_application_name is not None:
             parameters = [pair for pair in parameters if pair[0] != b"application_name"]
             parameters.append((b"application_name", attachment.postgres_application_name.encode()))
@@ -431,7 +489,9 @@ class PostgresSession:
             self._out.append(StartTls(name, verify, target.tls_ca))
         elif data[:1] == b"N":
             if target.tls_mode in ("require", "verify-ca", "verify-full"):
-                text = f"the server offers no TLS, and the target {target.name} has tls.mode {target.tls_mode}"
+                text = (
+                    f"the server offers no TLS, and the target {target.name} has tls.mode {target.tls_mode}"
+                )
                 self._fail("58000", f"sidecar: {text}", CloseReason.UPSTREAM_TLS, text)
                 return
             self._upstream_open()
@@ -452,7 +512,11 @@ class PostgresSession:
             self._send(SERVER, bytes(buffer[: length + 1]))
             del buffer[: length + 1]
         if len(buffer) > self.context.limits.statement_max_bytes:
-            raise LimitExceeded("too much was sent ahead", limit="statement_max_bytes", value=self.context.limits.statement_max_bytes)
+            raise LimitExceeded(
+                "too much was sent ahead",
+                limit="statement_max_bytes",
+                value=self.context.limits.statement_max_bytes,
+            )
 
     # -- client messages
 
@@ -485,7 +549,11 @@ class PostgresSession:
             after = offset + 1 + length
             if after > end:
                 if kind in b"QPBFDEC" and length > limits.statement_max_bytes:
-                    raise LimitExceeded(f"a message of {length} bytes", limit="statement_max_bytes", value=limits.statement_max_bytes)
+                    raise LimitExceeded(
+                        f"a message of {length} bytes",
+                        limit="statement_max_bytes",
+                        value=limits.statement_max_bytes,
+                    )
                 if kind in b"QPBFDEC":
                     break
                 self._send(SERVER, view[start:end])
@@ -587,8 +655,16 @@ class PostgresSession:
         if denial is None and reserved and facts is not None and facts.settings:
             attached = self.facts.attachment.postgres_setting is not None
             if reserved.lower() in facts.settings or (attached and "*" in facts.settings):
-                denial = ("42501", denial_message("identity.attach", f"only the inspector sets {reserved}"), "identity.attach")
-                part.action, part.rule, part.reason = "deny", "identity.attach", f"only the inspector sets {reserved}"
+                denial = (
+                    "42501",
+                    denial_message("identity.attach", f"only the inspector sets {reserved}"),
+                    "identity.attach",
+                )
+                part.action, part.rule, part.reason = (
+                    "deny",
+                    "identity.attach",
+                    f"only the inspector sets {reserved}",
+                )
         decision = Decision(
             text=text,
             verdict=verdict,
@@ -627,11 +703,15 @@ class PostgresSession:
             statements=verdict.statements,
         )
 
-    def _request(self, decision: Decision, kind: str, parameters: tuple[Any, ...] | None, *, verdict: Any = None) -> str:
+    def _request(
+        self, decision: Decision, kind: str, parameters: tuple[Any, ...] | None, *, verdict: Any = None
+    ) -> str:
         """Write a request record; returns its id."""
         operation = decision.operation
         if kind != "query" or parameters is not None:
-            operation = msgspec.structs.replace(operation, kind=kind, parameters=self._shown(decision, parameters))
+            operation = msgspec.structs.replace(
+                operation, kind=kind, parameters=self._shown(decision, parameters)
+            )
         record_id = self.context.ids.new(self._now)
         self._out.append(
             WriteRecord(
@@ -659,7 +739,11 @@ class PostgresSession:
         if not hidden and all(value is None or len(value) <= limit for value in parameters):
             return parameters
         return tuple(
-            f"[masked parameter ${index + 1}]" if index in hidden else value if value is None else value[:limit]
+            f"[masked parameter ${index + 1}]"
+            if index in hidden
+            else value
+            if value is None
+            else value[:limit]
             for index, value in enumerate(parameters)
         )
 
@@ -683,7 +767,9 @@ class PostgresSession:
         exchange = Exchange("Q", self._now)
         exchange.record_id = record_id
         exchange.plan = decision.verdict.record_masks if decision.verdict.record_masks else None
-        exchange.prepared = Prepared(decision.text.encode("utf-8", "surrogateescape")) if exchange.plan else None
+        exchange.prepared = (
+            Prepared(decision.text.encode("utf-8", "surrogateescape")) if exchange.plan else None
+        )
         self._pending.append(exchange)
         self._note_ddl(decision)
         return exchange
@@ -708,7 +794,9 @@ class PostgresSession:
             self._expect_rejection("P", record_id, decision.denial, decision)
             return True
         if len(self._statements) >= PREPARED_MAX:
-            raise LimitExceeded("too many prepared statements", limit="prepared_statements", value=PREPARED_MAX)
+            raise LimitExceeded(
+                "too many prepared statements", limit="prepared_statements", value=PREPARED_MAX
+            )
         self._statements[name] = Prepared(raw)
         self._pending.append(Exchange("P", self._now))
         return None
@@ -723,7 +811,12 @@ class PostgresSession:
             exchange = Exchange("E", self._now)
             decision = self._decide(b"SELECT 1")
             if decision.verdict.record_masks.has_columns or not decision.passes:
-                self._refuse("E", self._request(decision, "execute", None), ("34000", "sidecar: this portal is not known", ""), None)
+                self._refuse(
+                    "E",
+                    self._request(decision, "execute", None),
+                    ("34000", "sidecar: this portal is not known", ""),
+                    None,
+                )
                 return True
             self._pending.append(exchange)
             return None
@@ -769,12 +862,19 @@ class PostgresSession:
             self._pending.append(exchange)
             return None
         rule = decision.verdict.rule or "default"
-        self._refuse("Q", record_id, ("42501", denial_message(rule, "function calls by fast path cannot be judged"), rule), None)
+        self._refuse(
+            "Q",
+            record_id,
+            ("42501", denial_message(rule, "function calls by fast path cannot be judged"), rule),
+            None,
+        )
         return True
 
     # -- refusing and holding
 
-    def _error(self, sqlstate: str, text: str, record_id: str, *, severity: str = "ERROR", position: int = 0) -> bytes:
+    def _error(
+        self, sqlstate: str, text: str, record_id: str, *, severity: str = "ERROR", position: int = 0
+    ) -> bytes:
         if sqlstate == "42601":
             return messages.error(sqlstate, text, severity=severity, position=position)
         short = short_id(record_id)
@@ -788,20 +888,29 @@ class PostgresSession:
         )
 
     def _refuse(
-        self, kind: str, record_id: str, denial: tuple[str, str, str], portal: Portal | None, decision: Decision | None = None
+        self,
+        kind: str,
+        record_id: str,
+        denial: tuple[str, str, str],
+        portal: Portal | None,
+        decision: Decision | None = None,
     ) -> None:
         sqlstate, text, _ = denial
         position = decision.verdict.syntax.position if decision is not None and decision.verdict.syntax else 0
         if kind == "Q":
             if self._idle():
-                self._to_client(self._error(sqlstate, text, record_id, position=position) + messages.ready_for_query(b"I"))
+                self._to_client(
+                    self._error(sqlstate, text, record_id, position=position) + messages.ready_for_query(b"I")
+                )
                 return
             self._send(SERVER, messages.query(REJECTED_TEXT))
         else:
             self._send(SERVER, messages.parse(INJECTED + b"_refused", REJECTED_TEXT))
         self._expect_rejection("Q" if kind == "Q" else "P", record_id, denial, decision)
 
-    def _expect_rejection(self, kind: str, record_id: str, denial: tuple[str, str, str], decision: Decision | None) -> None:
+    def _expect_rejection(
+        self, kind: str, record_id: str, denial: tuple[str, str, str], decision: Decision | None
+    ) -> None:
         sqlstate, text, _ = denial
         position = decision.verdict.syntax.position if decision is not None and decision.verdict.syntax else 0
         exchange = Exchange(kind, self._now)
@@ -809,7 +918,13 @@ class PostgresSession:
         self._pending.append(exchange)
 
     def _hold(
-        self, kind: str, data: bytes, decision: Decision, parameters: tuple[Any, ...] | None, portal: Portal | None, record_id: str
+        self,
+        kind: str,
+        data: bytes,
+        decision: Decision,
+        parameters: tuple[Any, ...] | None,
+        portal: Portal | None,
+        record_id: str,
     ) -> None:
         verdict = decision.verdict
         assert verdict.approve is not None
@@ -970,7 +1085,11 @@ class PostgresSession:
                     self._passing_server = after - end
                     return
                 if length > self.context.limits.masked_row_max_bytes:
-                    raise LimitExceeded(f"a row of {length} bytes to mask", limit="masked_row_max_bytes", value=self.context.limits.masked_row_max_bytes)
+                    raise LimitExceeded(
+                        f"a row of {length} bytes to mask",
+                        limit="masked_row_max_bytes",
+                        value=self.context.limits.masked_row_max_bytes,
+                    )
                 break
             replacement = self._server_message(kind, data, offset, after, view)
             if self._closed:
@@ -996,7 +1115,12 @@ class PostgresSession:
         if kind != b"D" or not self._pending:
             return False
         current = self._pending[0]
-        return not current.hidden and current.masks is None and not current.detect and (current.plan is None or current.columns is not None)
+        return (
+            not current.hidden
+            and current.masks is None
+            and not current.detect
+            and (current.plan is None or current.columns is not None)
+        )
 
     def _count_partial(self, kind: bytes, part: Any) -> None:
         if self._pending:
@@ -1116,10 +1240,18 @@ class PostgresSession:
             return
         current.detect = plan.has_detectors
         if plan.has_columns:
-            raw = current.prepared.raw if current.prepared else current.portal.prepared.raw if current.portal else b""
+            raw = (
+                current.prepared.raw
+                if current.prepared
+                else current.portal.prepared.raw
+                if current.portal
+                else b""
+            )
             facts = self._decide(raw).verdict.sql
             reached = facts is None or facts.masked_reach
-            found: list[ValueMask | None] = [self._catalog.mask(plan, column, derived_reached=reached) for column in columns]
+            found: list[ValueMask | None] = [
+                self._catalog.mask(plan, column, derived_reached=reached) for column in columns
+            ]
             if any(not self._catalog.is_known(column.table_oid) for column in columns):
                 self._stale = True
             if any(mask is not None for mask in found):
@@ -1140,7 +1272,10 @@ class PostgresSession:
             if digest is None:
                 digest = current.digest = hashlib.sha256()
             digest.update(view[offset:after])
-            if current.rows <= self.context.limits.response_max_rows and current.sample_bytes < self.context.limits.response_max_bytes:
+            if (
+                current.rows <= self.context.limits.response_max_rows
+                and current.sample_bytes < self.context.limits.response_max_bytes
+            ):
                 self._sample(current, messages.parse_row(view[offset + 5 : after]))
             return None
         values = messages.parse_row(view[offset + 5 : after])
@@ -1151,13 +1286,22 @@ class PostgresSession:
         observing = not self._enforced(current)
         shown = data[offset:after] if observing else row
         current.count(shown)
-        if current.rows <= self.context.limits.response_max_rows and current.sample_bytes < self.context.limits.response_max_bytes:
+        if (
+            current.rows <= self.context.limits.response_max_rows
+            and current.sample_bytes < self.context.limits.response_max_bytes
+        ):
             self._sample(current, masked)
         return None if observing else row
 
     def _enforced(self, current: Exchange) -> bool:
         """False where only observing rules mask: then the record is masked, and the client's row is not."""
-        raw = current.prepared.raw if current.prepared else current.portal.prepared.raw if current.portal else b""
+        raw = (
+            current.prepared.raw
+            if current.prepared
+            else current.portal.prepared.raw
+            if current.portal
+            else b""
+        )
         return bool(self._decide(raw).verdict.masks)
 
     def _mask(self, current: Exchange, plan: MaskPlan, values: list[bytes | None]) -> list[bytes | None]:
@@ -1206,7 +1350,11 @@ class PostgresSession:
             else:
                 self._skip_to_sync()
             return text
-        current.error = {"severity": values.get("V", values.get("S", "")), "sqlstate": values.get("C", ""), "message": values.get("M", "")}
+        current.error = {
+            "severity": values.get("V", values.get("S", "")),
+            "sqlstate": values.get("C", ""),
+            "message": values.get("M", ""),
+        }
         if current.kind in ("Q", "F"):
             return None
         if current.kind in ("P", "B", "D", "C", "E"):
@@ -1220,7 +1368,9 @@ class PostgresSession:
         while pending and pending[0].kind not in ("S", "Q", "F"):
             skipped = pending.popleft()
             if skipped.record_id:
-                skipped.error = skipped.error or {"message": "skipped by the server after an earlier error in the pipeline"}
+                skipped.error = skipped.error or {
+                    "message": "skipped by the server after an earlier error in the pipeline"
+                }
                 self._finish(skipped)
 
     def _ready(self, status: bytes) -> bytes | None:
@@ -1264,5 +1414,9 @@ def _option_sets(options: str, name: str) -> bool:
 def _error_response(values: dict[str, str]) -> Any:
     return ResponsePart(
         status="ERROR",
-        error={"severity": values.get("V", ""), "sqlstate": values.get("C", ""), "message": values.get("M", "")},
+        error={
+            "severity": values.get("V", ""),
+            "sqlstate": values.get("C", ""),
+            "message": values.get("M", ""),
+        },
     )

@@ -12,7 +12,19 @@ from sidecar.model.verdict import MaskPlan, ValueMask
 FIRST_USER_OID = 16384
 """FirstNormalObjectId: lower ones are the system's own."""
 
-STATISTICS = frozenset({"most_common_vals", "histogram_bounds", "most_common_elems", "stavalues1", "stavalues2", "stavalues3", "stavalues4", "stavalues5", "most_common_base_freqs"})  # fmt: skip
+STATISTICS = frozenset(
+    {
+        "most_common_vals",
+        "histogram_bounds",
+        "most_common_elems",
+        "stavalues1",
+        "stavalues2",
+        "stavalues3",
+        "stavalues4",
+        "stavalues5",
+        "most_common_base_freqs",
+    }
+)
 """Columns of the planner's statistics that show values of other tables."""
 
 SNAPSHOT_QUERY = b"""
@@ -53,7 +65,9 @@ class Catalog:
         self.__init__()  # type: ignore[misc]
         self.known = True
         for values in rows:
-            kind, first, second, third, fourth, fifth = ((value or b"").decode("utf-8", "replace") for value in values)
+            kind, first, second, third, fourth, fifth = (
+                (value or b"").decode("utf-8", "replace") for value in values
+            )
             if kind == "c":
                 self._columns[(int(first), int(fourth))] = (second, third, fifth)
                 self._relations.add(int(first))
@@ -73,7 +87,9 @@ class Catalog:
                 return by_label
             return plan.derived() if derived_reached else None
         if column.table_oid < FIRST_USER_OID:
-            if column.name in STATISTICS or (column.attnum and derived_reached and column.name.startswith("stavalues")):
+            if column.name in STATISTICS or (
+                column.attnum and derived_reached and column.name.startswith("stavalues")
+            ):
                 return plan.derived()
             return plan.column("pg_catalog", None, column.name)
         if self._plan is not plan:

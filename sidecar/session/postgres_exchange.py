@@ -47,8 +47,25 @@ class Exchange:
     """
 
     __slots__ = (
-        "bytes", "columns", "digest", "error", "hidden", "kind", "masks", "plan", "portal", "prepared", "record_id", "rewrite",
-        "rows", "sample", "sample_bytes", "started_ns", "status", "held_ns", "detect",
+        "bytes",
+        "columns",
+        "detect",
+        "digest",
+        "error",
+        "held_ns",
+        "hidden",
+        "kind",
+        "masks",
+        "plan",
+        "portal",
+        "prepared",
+        "record_id",
+        "rewrite",
+        "rows",
+        "sample",
+        "sample_bytes",
+        "started_ns",
+        "status",
     )  # fmt: skip
 
     def __init__(self, kind: str, started_ns: int) -> None:
@@ -80,11 +97,9 @@ class Exchange:
         self.digest.update(data)
 
 
-def response_record(
-    exchange: Exchange, record_id: str, flow: str, now_ns: int, *, max_rows: int
-) -> Record:
+def response_record(exchange: Exchange, record_id: str, flow: str, now_ns: int, *, max_rows: int) -> Record:
     masks = exchange.masks
-    columns = ()
+    columns: tuple[ColumnPart, ...] = ()
     if exchange.columns:
         columns = tuple(
             ColumnPart(column.name, column.type_oid, mask.rule if masks and (mask := masks[index]) else None)

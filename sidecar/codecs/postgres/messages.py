@@ -28,7 +28,10 @@ def message(kind: bytes, body: bytes) -> bytes:
 
 def fields(kind: bytes, values: dict[str, str]) -> bytes:
     """ErrorResponse or NoticeResponse."""
-    parts = [code.encode() + value.encode("utf-8", "replace").replace(b"\0", b"?") + b"\0" for code, value in values.items()]
+    parts = [
+        code.encode() + value.encode("utf-8", "replace").replace(b"\0", b"?") + b"\0"
+        for code, value in values.items()
+    ]
     return message(kind, b"".join(parts) + b"\0")
 
 
@@ -154,7 +157,8 @@ def parse_row(body: bytes | memoryview) -> list[bytes | None]:
     """DataRow values; None is NULL."""
     try:
         (count,) = _INT16.unpack_from(body)
-        offset, found = 2, []
+        offset = 2
+        found: list[bytes | None] = []
         for _ in range(count):
             (length,) = _INT32.unpack_from(body, offset)
             offset += 4

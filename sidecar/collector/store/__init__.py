@@ -30,7 +30,8 @@ CREATE TABLE IF NOT EXISTS records (stream TEXT NOT NULL, seq INTEGER NOT NULL, 
   ts_ns INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (stream, seq));
 CREATE INDEX IF NOT EXISTS records_flow ON records (flow, ts_ns);
 CREATE INDEX IF NOT EXISTS records_id ON records (id);
-CREATE TABLE IF NOT EXISTS flows (flow TEXT PRIMARY KEY, ts_ns INTEGER NOT NULL, host TEXT NOT NULL, who TEXT NOT NULL, process TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS flows (flow TEXT PRIMARY KEY, ts_ns INTEGER NOT NULL, host TEXT NOT NULL,
+  who TEXT NOT NULL, process TEXT NOT NULL,
   target TEXT NOT NULL, protocol TEXT NOT NULL, requests INTEGER NOT NULL DEFAULT 0, denied INTEGER NOT NULL DEFAULT 0,
   held INTEGER NOT NULL DEFAULT 0, rows INTEGER NOT NULL DEFAULT 0, closed TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS flows_time ON flows (ts_ns DESC);
@@ -50,7 +51,9 @@ class Store:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.key = hostkey.load_or_create(directory, "collector.key", "collector.pub")
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(directory / "collector.sqlite", check_same_thread=False, isolation_level=None)
+        self._db = sqlite3.connect(
+            directory / "collector.sqlite", check_same_thread=False, isolation_level=None
+        )
         self._db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
             self._db.execute(f"PRAGMA {pragma}")
@@ -75,12 +78,17 @@ class Store:
             if known is None:
                 db.execute("INSERT INTO hosts VALUES (?, ?, ?)", (header.host, batch.key, now_ns))
             elif known["key"] != batch.key:
-                raise AuditError(f"host {header.host} signs with another key than before: reinstalled, or somebody else")
+                raise AuditError(
+                    f"host {header.host} signs with another key than before: reinstalled, or somebody else"
+                )
             stream = db.execute("SELECT * FROM streams WHERE stream = ?", (header.stream,)).fetchone()
             if stream is None:
                 if header.first != 0 or header.prev != genesis(batch.key, header.stream, header.boot):
                     raise AuditError("the first batch of a stream does not begin at its start")
-                db.execute("INSERT INTO streams VALUES (?, ?, ?, -1, ?, '')", (header.stream, header.host, header.boot, header.prev))
+                db.execute(
+                    "INSERT INTO streams VALUES (?, ?, ?, -1, ?, '')",
+                    (header.stream, header.host, header.boot, header.prev),
+                )
                 last, head, ended = -1, header.prev, ""
             else:
                 last, head, ended = stream["last"], stream["head"], stream["ended"]
@@ -88,7 +96,8 @@ class Store:
                     raise AuditError("the stream belongs to another host or boot")
             if header.last <= last and (header.last >= header.first or ended):
                 same = db.execute(
-                    "SELECT header FROM batches WHERE stream = ? AND first = ? AND last = ?", (header.stream, header.first, header.last)
+                    "SELECT header FROM batches WHERE stream = ? AND first = ? AND last = ?",
+                    (header.stream, header.first, header.last),
                 ).fetchone()
                 if same is None or Header.decode(same["header"]).head != header.head:
                     raise AuditError("the stream was forked: another batch is known for these records")
@@ -96,7 +105,9 @@ class Store:
             if ended:
                 raise AuditError("the stream has ended")
             if header.first != last + 1 or header.prev != head:
-                raise AuditError(f"the batch does not follow record {last}: records are missing, or were rolled back")
+                raise AuditError(
+                    f"the batch does not follow record {last}: records are missing, or were rolled back"
+                )
             db.execute(
                 "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?, ?)",
                 (header.stream, header.first, header.last, batch.header, batch.signature),
@@ -104,7 +115,8 @@ class Store:
             for offset, body in enumerate(batch.records):
                 self._record(db, header, header.first + offset, body)
             db.execute(
-                "UPDATE streams SET last = ?, head = ?, ended = ? WHERE stream = ?", (header.last, header.head, header.end, header.stream)
+                "UPDATE streams SET last = ?, head = ?, ended = ? WHERE stream = ?",
+                (header.last, header.head, header.end, header.stream),
             )
         return Accepted(header, False)
 
@@ -135,14 +147,23 @@ class Store:
                 (action == "deny", action == "hold", flow),
             )
         elif kind == "response":
-            db.execute("UPDATE flows SET rows = rows + ? WHERE flow = ?", (int((record.get("response") or {}).get("rows", 0)), flow))
+            db.execute(
+                "UPDATE flows SET rows = rows + ? WHERE flow = ?",
+                (int((record.get("response") or {}).get("rows", 0)), flow),
+            )
         elif kind == "close":
             db.execute("UPDATE flows SET closed = ? WHERE flow = ?", (str(record.get("reason", "")), flow))
 
     def receipt(self, accepted: Accepted, now_ns: int) -> dict[str, Any]:
         """Our signed word that we hold the stream up to this head."""
         header = accepted.header
-        receipt = {"stream": header.stream, "last": header.last, "head": header.head.hex(), "ts_ns": now_ns, "v": 1}
+        receipt = {
+            "stream": header.stream,
+            "last": header.last,
+            "head": header.head.hex(),
+            "ts_ns": now_ns,
+            "v": 1,
+        }
         signed = orjson.dumps(receipt, option=orjson.OPT_SORT_KEYS)
         return {"receipt": receipt, "sig": self.key.sign(signed).hex(), "key": self.key.public.hex()}
 
@@ -158,12 +179,16 @@ class Store:
 
     def flow(self, flow: str, limit: int = 2000) -> list[dict[str, Any]]:
         with self._lock:
-            rows = self._db.execute("SELECT body FROM records WHERE flow = ? ORDER BY ts_ns, stream, seq LIMIT ?", (flow, limit)).fetchall()
+            rows = self._db.execute(
+                "SELECT body FROM records WHERE flow = ? ORDER BY ts_ns, stream, seq LIMIT ?", (flow, limit)
+            ).fetchall()
         return [decode_record(row["body"]) for row in rows]
 
     def record(self, record_id: str) -> dict[str, Any] | None:
         with self._lock:
-            row = self._db.execute("SELECT body FROM records WHERE id = ? OR id LIKE ? LIMIT 1", (record_id, f"%{record_id}")).fetchone()
+            row = self._db.execute(
+                "SELECT body FROM records WHERE id = ? OR id LIKE ? LIMIT 1", (record_id, f"%{record_id}")
+            ).fetchone()
         return decode_record(row["body"]) if row else None
 
     def close(self) -> None:
