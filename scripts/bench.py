@@ -179,6 +179,14 @@ sys.stdin.read()
 """
 
 
+def _descends(pid: str, ancestor: int) -> bool:
+    while int(pid) > 1:
+        if int(pid) == ancestor:
+            return True
+        pid = (Path("/proc") / pid / "stat").read_text().rsplit(")", 1)[1].split()[1]
+    return False
+
+
 def worker_memory(servers: Servers, config: Path) -> tuple[int, int]:
     """(flows, largest resident set of a worker in bytes) with 200 flows open that have run statements."""
     child = subprocess.Popen(
@@ -191,14 +199,15 @@ def worker_memory(servers: Servers, config: Path) -> tuple[int, int]:
         flows = int(child.stdout.readline() or 0)
         time.sleep(1.0)
         largest = 0
-        workers = subprocess.run(
-            ["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False
-        ).stdout.split()
-        for pid in workers:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"sidecar.proxy.worker" in command:
-                status = Path(f"/proc/{pid}/status").read_text()
-                largest = max(largest, int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) * 1024)
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                if b"sidecar.proxy.worker" in (directory / "cmdline").read_bytes() and _descends(
+                    directory.name, child.pid
+                ):
+                    status = (directory / "status").read_text()
+                    largest = max(largest, int(status.split("VmRSS:")[1].split()[0]) * 1024)
+            except (OSError, IndexError):
+                continue
         return flows, largest
     finally:
         assert child.stdin is not None

@@ -103,6 +103,7 @@ class AgentControl:
                 issuers=tuple(issuer.issuer for issuer in config.identity.issuers),
                 verified=agent.identity_counts[0],
                 failed=agent.identity_counts[1],
+                error="; ".join(agent.identity.problems()) or None,
             ),
             gaps=dict(agent.gaps),
             limitations=config.limitations(),

@@ -114,7 +114,11 @@ class FlowResolver:
             identity_error=identified.error,
             identity_required=self._config.identity.required,
             attachment=attachment_for(
-                self._config.identity, declared, identified.principal, identified.token
+                self._config.identity,
+                declared,
+                identified.principal,
+                identified.token,
+                attributed.workload,
             ),
             client_wants_tls=wants_tls,
         )
