@@ -624,6 +624,8 @@ class PostgresSession:
                 exchange.prepared = self._statements.get(name)
             else:
                 exchange.portal = self._portals.get(name)
+                if exchange.portal is not None:
+                    exchange.portal.described = True
             self._pending.append(exchange)
             return None
         if kind == b"C":
@@ -825,7 +827,7 @@ class PostgresSession:
         record_id = self._request(decision, "execute", parameters)
         if decision.passes:
             plan = decision.verdict.record_masks
-            if plan and portal.columns is None and portal.prepared.columns is None:
+            if plan and not portal.described and portal.columns is None and portal.prepared.columns is None:
                 # Rows without a description cannot be masked: ask for it, unseen by the client.
                 self._send(SERVER, messages.describe_portal(data[body:end]))
                 hidden = Exchange("D", self._now)

@@ -37,6 +37,8 @@ class Portal:
     prepared: Prepared
     bind: Bind
     columns: tuple[Column, ...] | None = None
+    described: bool = False
+    """A Describe of it is on its way, so that its columns will be known before its rows."""
 
 
 class Exchange:
