@@ -7,6 +7,7 @@ for ancestry.
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -24,7 +25,8 @@ from sidecar.model.origin import Origin
 _SO_PEERGROUPS: Final = 59
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("=iII")
-_MAX_GROUPS: Final = 65_536  # NGROUPS_MAX
+_MAX_GROUPS: Final = 256
+"""As many as Python's getsockopt has room for (1024 bytes)."""
 MAX_ANCESTORS: Final = 256
 PROC: Final = Path("/proc")
 
@@ -90,7 +92,12 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def _peer_groups(connection: socket.socket) -> frozenset[int]:
-    raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    except OSError as error:
+        if error.errno == errno.ERANGE:
+            return frozenset()  # in more groups than fit: none of them counts, which only takes rights away
+        raise
     return frozenset(struct.unpack(f"={len(raw) // 4}I", raw))
 
 

@@ -789,10 +789,15 @@ class HttpSession:
         self._record_response(pending, self._response, error=f"not passed on: {why}")
         self._close(CloseReason.DENIED, why)
 
+    def _without_token(self, stored: bytes) -> bytes:
+        """A server that echoes its request must not bring the token into the record."""
+        token = self.facts.attachment.http_token
+        return stored.replace(token.reveal().encode("latin-1"), REMOVED.encode()) if token else stored
+
     def _record_response(self, pending: Pending, head: Head | None, error: str | None = None) -> None:
         limit = self.context.limits.response_max_bytes
         record_plan = pending.verdict.record_masks if pending.verdict else None
-        body: str | bytes | None = _text(bytes(self._stored)) if self._stored else None
+        body: str | bytes | None = _text(self._without_token(bytes(self._stored))) if self._stored else None
         if (
             body
             and record_plan
