@@ -81,7 +81,17 @@ class FarHost:
         self._stop(self._api, signal.SIGTERM)
         log = self.state / "api.log"
         self._api = self._spawn(
-            [sys.executable, str(FAR / "api.py"), self.address, str(API_PORT), str(self.jwks_file)], log
+            [
+                "setpriv",
+                "--pdeathsig=TERM",
+                "--",
+                sys.executable,
+                str(FAR / "api.py"),
+                self.address,
+                str(API_PORT),
+                str(self.jwks_file),
+            ],
+            log,
         )
         self._wait_for(API_PORT, self._api, log)
 

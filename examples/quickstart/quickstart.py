@@ -34,7 +34,7 @@ SIDECAR = str(Path(sys.executable).with_name("sidecar"))
 STATES = Path("/var/lib/sidecar")
 SECRETS = ("078-05-1120", "219-09-9999", "457-55-5462", "ada@example.org")
 """Of the far host's data: masked, so that neither the report nor any record may hold them."""
-REPORT_TIMEOUT_S = 540.0  # with software emulation; a second or two otherwise
+REPORT_TIMEOUT_S = 420.0  # with software emulation; a second or two otherwise
 
 
 def note(text: str) -> None:
@@ -62,16 +62,22 @@ def write_configuration(state: Path, collector: str) -> Path:
 
 
 def run_report(argv: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        timeout=REPORT_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            timeout=REPORT_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")  # bytes, whatever `text` says
+        raise FarHostError(
+            f"{argv[-1]} did not end within {REPORT_TIMEOUT_S:.0f} s:\n{said[-4000:]}"
+        ) from error
     if done.returncode != 0:
         raise FarHostError(f"{' '.join(argv[-2:])} ended with {done.returncode}:\n{done.stdout[-4000:]}")
     return done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +15,7 @@ from story import Story
 WIDTH = 100
 LABEL = 10
 COLUMN = 40
+HASH_LENGTH = 32
 TINTS = {"bad": "31", "good": "32", "head": "1", "dim": "2"}
 
 
@@ -36,8 +38,14 @@ def pair(label: str, before: str, after: str) -> None:
 
 
 def row(label: str, text: str) -> None:
-    for line in text.splitlines() or [""]:
-        print(f"  {label:<{LABEL}}{clip(line, WIDTH - LABEL - 2)}")
+    for line in textwrap.wrap(text, WIDTH - LABEL - 2) or [""]:
+        print(f"  {label:<{LABEL}}{line}")
+        label = ""
+
+
+def rows(label: str, lines: list[str]) -> None:
+    for line in lines:
+        row(label, line)
         label = ""
 
 
@@ -56,18 +64,23 @@ def show(story: Story) -> None:
 
 
 def _masked(story: Story) -> None:
-    head("masked", "by table and column, also behind aliases")
-    both = [story.part(output, "customers") for output in (story.direct, story.steered)]
-    for before, after in list(zip(*both, strict=False))[:2]:
-        pair("psql", _short_hash(before), _short_hash(after))
-    both = [story.part(output, "totals") for output in (story.direct, story.steered)]
-    for before, after in list(zip(*both, strict=False))[:1]:
-        pair("psycopg", before, after)
-    for before, after in zip(
-        *(story.part(output, "customers, from the API") for output in (story.direct, story.steered)),
-        strict=False,
+    head("masked", "by table and column, also behind an alias and in JSON")
+    for label, heading, shown in (
+        ("psql", "customers", _without_id),
+        ("psycopg", "totals", _short),
+        ("curl", "customers, from the API", _first_customer),
     ):
-        pair("curl", _first_customer(before), _first_customer(after))
+        before, after = (story.part(output, heading)[:1] for output in (story.direct, story.steered))
+        pair(label, *(shown(lines[0]) if lines else "nothing" for lines in (before, after)))
+
+
+def _short(line: str) -> str:
+    """A keyed hash is long; its beginning is enough to see it."""
+    return "  ".join(f"{word[:8]}…" if len(word) == HASH_LENGTH else word for word in line.split("  "))
+
+
+def _without_id(line: str) -> str:
+    return _short(line.partition("  ")[2])
 
 
 def _first_customer(text: str) -> str:
@@ -75,22 +88,16 @@ def _first_customer(text: str) -> str:
         first = json.loads(text)["customers"][0]
     except (ValueError, LookupError):
         return text
-    return _short_hash("  ".join(str(first[key]) for key in ("id", "name", "email", "ssn")))
-
-
-def _short_hash(line: str) -> str:
-    """A keyed hash is long; its beginning is enough to see it."""
-    return "  ".join(clip(word, 17) for word in line.split("  "))
+    return _short("  ".join(str(first[key]) for key in ("name", "email", "ssn")))
 
 
 def _denied(story: Story) -> None:
     head("denied", "an error in the client's own protocol; the same session goes on")
     before = story.part(story.direct, "cleaning up")
-    pair("psql", "; ".join(before[:2]), "")
-    for line in story.part(story.steered, "cleaning up"):
-        row("", line)
+    row("psql", f"without: {', '.join(before)}")
+    rows("", story.part(story.steered, "cleaning up"))
     old_client = "an old client, by its old API call"
-    pair("curl", " ".join(story.part(story.direct, old_client)), "")
+    row("curl", f"without: {' '.join(story.part(story.direct, old_client))}")
     row("", _problem(" ".join(story.part(story.steered, old_client))))
 
 
@@ -104,8 +111,7 @@ def _problem(text: str) -> str:
 
 def _held(story: Story) -> None:
     head("held", "until somebody else approves exactly this statement, once")
-    for line in story.part(story.steered, "a customer asked to be forgotten"):
-        row("psql", line)
+    rows("psql", story.part(story.steered, "a customer asked to be forgotten"))
     if story.evidence:
         row(
             "approved",
@@ -121,8 +127,8 @@ def _who(story: Story) -> None:
     head("who")
     row("principal", f"{evidence.principal or 'none'}  (verified, issuer {evidence.issuer})")
     row("process", " > ".join(evidence.processes[-5:]))
-    posted = [line for line in story.part(story.steered, "totals") if line.startswith("report:")]
-    row("servers", f"PostgreSQL saw {story.server_saw or 'nothing'}; API: {' '.join(posted)}")
+    row("database", f"knew the session as {story.server_saw or 'nobody'}")
+    rows("API", [line for line in story.part(story.steered, "totals") if line.startswith("report:")])
 
 
 def _audit(story: Story) -> None:
@@ -132,7 +138,7 @@ def _audit(story: Story) -> None:
             "records", f"{story.evidence.records} of {story.evidence.flows} connections; no secret among them"
         )
     row("verify", story.verified.splitlines()[-1] if story.verified else "")
-    row("altered", story.refused.splitlines()[0] if story.refused else "")
+    row("altered", story.refused.splitlines()[0] if story.refused else "not refused")
     row("kernel", "nothing left: no hook, table or cgroup" if not story.traces else "; ".join(story.traces))
 
 
@@ -141,6 +147,8 @@ def _cost(story: Story) -> None:
     for key, label in (("query_us", "query"), ("request_us", "request")):
         before, after = story.direct_loop.get(key, 0.0), story.steered_loop.get(key, 0.0)
         pair(label, f"{before:.0f} µs", f"{after:.0f} µs  (+{after - before:.0f} µs)")
+    before, after = (loop.get("connect_ms", 0.0) for loop in (story.direct_loop, story.steered_loop))
+    pair("connect", f"{before:.0f} ms", f"{after:.0f} ms")
 
 
 def show_page(page: Page, state: Path, file: TextIO | None = None) -> None:
