@@ -124,7 +124,12 @@ class ControlServer:
             self._by_uid[peer.uid] += 1
             task = asyncio.create_task(self._serve(connection, peer))
             self._clients.add(task)
-            task.add_done_callback(self._clients.discard)
+            # Also where the task is cancelled before its first step, which runs none of its `finally`.
+            task.add_done_callback(lambda done, kept=connection: self._forget(done, kept))  # type: ignore[misc]
+
+    def _forget(self, task: asyncio.Task[None], connection: socket.socket) -> None:
+        self._clients.discard(task)
+        connection.close()
 
     async def _serve(self, connection: socket.socket, peer: Peer) -> None:
         try:

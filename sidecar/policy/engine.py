@@ -87,6 +87,12 @@ class Policy:
             return self._sql(operation, facts)
         return self._judge(Subject(operation, facts))
 
+    def run_tests(self) -> list[Any]:
+        """The document's own cases (`policy.explain.TestResult`)."""
+        from sidecar.policy.explain import run_tests
+
+        return list(run_tests(self))
+
     # -- SQL
 
     def _key(self, operation: SqlOperation, facts: FlowFacts) -> Any:

@@ -1,7 +1,8 @@
-"""What `sidecar exec` does around the command, without steering: split, launch in a cgroup, say what was left.
+"""What `sidecar exec` does around the command, without steering: split, launch in a cgroup, say what was
+left.
 
-Run as `python -m tests.support.exec_driver CGROUP [NAME=VALUE…] -- CMD…`. `SIDECAR_TEST_DIE=inspector` kills the
-inspector once the command runs.
+Run as `python -m tests.support.exec_driver CGROUP [NAME=VALUE…] -- CMD…`. `SIDECAR_TEST_DIE=inspector` kills
+the inspector once the command runs.
 """
 
 from __future__ import annotations
