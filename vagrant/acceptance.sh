@@ -10,5 +10,5 @@ before=$(sudo nft list tables)
 ./scripts/quickstart --no-page
 [ "$(sudo nft list tables)" = "$before" ] || { echo "nft tables are left behind" >&2; sudo nft list tables >&2; exit 1; }
 [ "$(sudo ip netns list | wc -l)" -eq 0 ] || { echo "network namespaces are left behind" >&2; exit 1; }
-sudo .venv/bin/sidecar status --json
+[ "$(sudo .venv/bin/sidecar down)" = "nothing to remove" ] || { echo "kernel traces are left behind" >&2; exit 1; }
 echo "acceptance: passed"
