@@ -105,7 +105,11 @@ class ControlServer:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, _ = await loop.sock_accept(listener)
+                connection, _ = listener.accept()
+                connection.setblocking(False)
+            except BlockingIOError:
+                await _readable(loop, listener)
+                continue
             except OSError as error:  # out of descriptors: those in use will be freed
                 log.warning("control socket: accept: %s", error.strerror)
                 await asyncio.sleep(0.1)
@@ -345,3 +349,18 @@ def _close(connection: socket.socket, peer: Peer) -> None:
     connection.close()
     if peer.pidfd is not None:
         os.close(peer.pidfd)
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Wait; unlike `sock_accept`, cancelling it cannot lose a connection that was accepted already."""
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
