@@ -46,8 +46,9 @@ def _cgroup2() -> Check:
 
 def _hooks() -> Check:
     try:
-        steering.mount_bpf()
-        descriptors = loader.load(steering.OWNERS_PIN)
+        with steering.host_lock():
+            steering.mount_bpf()
+            descriptors = loader.load(steering.OWNERS_PIN)
     except SidecarError as error:
         return Check("bpf hooks", False, error.message, error.hint or "")
     for descriptor in descriptors.values():

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import ipaddress
 import json
 import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -29,6 +31,7 @@ BPF_DIRECTORY: Final = RUN_DIRECTORY / "bpf"
 """A bpffs of our own: hosts differ in whether /sys/fs/bpf is mounted, and in who may read it."""
 OWNERS_PIN: Final = BPF_DIRECTORY / "owners"
 STATE_FILE: Final = "steering.json"
+LOCK_FILE: Final = RUN_DIRECTORY / "lock"
 
 MARK_BASE: Final = 0x51DE0000
 """The upper half of our marks; the lower half is of the instance. Other users of marks keep to low bits."""
@@ -121,6 +124,18 @@ def _origin(raw: abi.Origin) -> SocketOrigin:
     )
 
 
+@contextlib.contextmanager
+def host_lock() -> Iterator[None]:
+    """One instance at a time begins or ends: the last one to end takes the shared bpffs with it."""
+    RUN_DIRECTORY.mkdir(mode=0o755, exist_ok=True)
+    descriptor = os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def mount_bpf() -> None:
     """A bpffs at /run/sidecar/bpf, root only. Idempotent."""
     RUN_DIRECTORY.mkdir(mode=0o755, exist_ok=True)
@@ -172,8 +187,10 @@ class Steering:
 
     def _start(self) -> None:
         plan = self.plan
-        mount_bpf()
-        self._fds = loader.load(OWNERS_PIN)
+        with host_lock():
+            mount_bpf()
+            self._fds = loader.load(OWNERS_PIN)
+            self._save()  # from here on nobody takes the shared map away
         self._events = EventReader(self._fds["events"])
         self._configure()
         self._own(plan.inspector_cgroup, abi.ROLE_INSPECTOR)
@@ -470,6 +487,11 @@ def remove_all(instance: str | None = None) -> list[str]:
 
 def _unmount_if_unused() -> None:
     """The bpffs and its map go with the last instance."""
+    with host_lock():
+        _unmount()
+
+
+def _unmount() -> None:
     if _states() or not os.path.ismount(BPF_DIRECTORY):
         return
     OWNERS_PIN.unlink(missing_ok=True)

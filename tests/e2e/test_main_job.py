@@ -310,7 +310,7 @@ except psycopg.OperationalError: print("refused")
     assert out.splitlines() == ["connection error", "refused" if victim == "supervisor" else "steered again"]
     report = verify(job.audit)
     assert report.ok, report.findings
-    subprocess.run([SIDECAR, "down"], check=True, capture_output=True)
+    subprocess.run([SIDECAR, "down", "--dead"], check=True, capture_output=True)
     assert dead_traces() == []
 
 
