@@ -29,7 +29,7 @@ from sidecar.errors import AuditError, SidecarError
 from sidecar.kernel.original_destination import original_destination
 from sidecar.model.flow import FlowFacts, Side
 from sidecar.model.ids import IdSource
-from sidecar.model.reasons import CloseReason
+from sidecar.model.reasons import CloseReason, GapReason
 from sidecar.model.record import Record
 from sidecar.model.verdict import Engine
 from sidecar.policy import builtin_policy, load_policy
@@ -95,6 +95,8 @@ class Worker:
         self.engine: Engine = builtin_policy()
         self.writer: StreamWriter | None = None
         self.sync_strict = False
+        self.on_full_drop = False
+        self._dropped = 0
         self.blocked = ""
         self.flows: dict[str, FlowDriver] = {}
         self.unresolved: dict[int, tuple[Accepted, asyncio.TimerHandle]] = {}
@@ -121,6 +123,7 @@ class Worker:
         match message:
             case link.Configure():
                 self.sync_strict = message.sync_strict
+                self.on_full_drop = message.on_full_drop
                 self.session_limits = SessionLimits(
                     record_text_max_bytes=message.request_max_bytes,
                     record_body_max_bytes=message.request_max_bytes,
@@ -286,16 +289,37 @@ class Worker:
         writer = self.writer
         if writer is None:
             raise AuditError("no segment is open")
-        if len(records) == 1:
-            writer.append(records[0])
-        else:
-            writer.append_many(records)
+        try:
+            if self._dropped:
+                records = [self._drop_record(), *records]
+            if len(records) == 1:
+                writer.append(records[0])
+            else:
+                writer.append_many(records)
+        except AuditError as error:
+            if not self.on_full_drop:
+                raise
+            self._dropped += len(records)
+            self.append_failed(str(error))
+            return
+        self._dropped = 0
         if self._failing:
             self._failing = False
             self.link.send(link.AuditRecovered())
         if writer.full and not self._asked_for_segment:
             self._asked_for_segment = True
             self.link.send(link.NeedSegment())
+
+    def _drop_record(self) -> Record:
+        """`on_full: drop`: what was lost is named as soon as a record can be written again."""
+        now_ns = time.time_ns()
+        return Record(
+            id=self.ids.new(now_ns),
+            ts_ns=now_ns,
+            kind="gap",
+            reason=GapReason.SPOOL_DROPPED.value,
+            detail=f"{self._dropped} records could not be written",
+        )
 
     def append_failed(self, detail: str) -> None:
         if not self._failing:
