@@ -17,7 +17,7 @@ from sidecar.model.verdict import Action, ApproveTerms, SqlFacts, Verdict
 from sidecar.policy import masks, sql
 from sidecar.policy.document import PolicyDocument
 from sidecar.policy.masks import EMPTY, Plan
-from sidecar.policy.selectors import Answer, Selector, Subject, all_of
+from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
 
 CACHE_ENTRIES: Final = 10_000
 CACHE_TEXT_BYTES: Final = 65_536
@@ -86,6 +86,27 @@ class Policy:
         if isinstance(operation, SqlOperation):
             return self._sql(operation, facts)
         return self._judge(Subject(operation, facts))
+
+    def column_masks(
+        self, facts: FlowFacts, database: str | None, user: str | None, *, observing: bool
+    ) -> Plan:
+        """Masks of every rule that the flow's facts do not rule out; selectors of the statement are taken as unknown."""
+        subject = Subject(SqlOperation("query", "", database, user), facts, sql.Analysis())
+
+        def may(selectors: tuple[Selector, ...]) -> Answer:
+            return all_of(
+                None if selector.name in (*SQL_ONLY, "cel") else selector.test(subject)
+                for selector in selectors
+            )
+
+        return masks.merge(
+            rule.plan
+            for rule in self.rules
+            if rule.plan.has_columns
+            and (observing or not rule.observe)
+            and may(rule.selectors) is not False
+            and all(may(exception.selectors) is not True for exception in rule.exceptions)
+        )
 
     def run_tests(self) -> list[Any]:
         """The document's own cases (`policy.explain.TestResult`)."""

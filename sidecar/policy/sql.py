@@ -14,6 +14,7 @@ from typing import Any, Final
 import postgast
 
 from sidecar.model.verdict import SyntaxIssue
+from sidecar.policy.builtin_functions import builtin_functions
 
 MAX_DEPTH: Final = 400
 """Of the tree; deeper texts are not judged (`on_unparsed`)."""
@@ -118,6 +119,24 @@ _TABLE_BY_NAME: Final = frozenset(
         "lo_import",
     }
 )
+_ROW_FUNCTIONS: Final = frozenset(
+    {
+        "row_to_json", "to_json", "to_jsonb", "json_agg", "jsonb_agg", "json_build_array", "jsonb_build_array", "array_agg",
+        "concat", "record_out", "record_send", "quote_literal", "quote_nullable", "hstore", "xmlagg", "any_value", "max", "min",
+    }
+)  # fmt: skip
+"""May be called as if they were columns of a row: `c.to_json`."""
+_SINKS: Final = frozenset(
+    {
+        "pg_notify", "set_config", "lo_from_bytea", "lo_put", "lowrite", "pg_logical_emit_message", "pg_file_write",
+        "dblink_send_query", "dblink_open", "dblink_connect",
+    }
+)  # fmt: skip
+"""Functions that put their arguments where no mask reaches."""
+_COMPARES: Final = frozenset({"A_Expr", "FuncCall", "NullTest", "CaseExpr", "CoalesceExpr", "MinMaxExpr"})
+_DEFINED: Final = ("into_clause", "into", "view", "relation", "rel", "table")
+"""Fields that name what a statement defines or changes."""
+_MERGE_KINDS: Final = {3: "UPDATE", 4: "INSERT", 5: "DELETE"}
 _NOT_FLOWING: Final = frozenset(
     {
         "where_clause",
@@ -178,6 +197,13 @@ class Analysis:
     """Some fact depends on a literal: not to be shared between texts that differ in literals."""
     error: SyntaxIssue | None = None
     too_deep: bool = False
+    ranges: set[str] = field(default_factory=set)
+    """Names and aliases in FROM: a column reference of that name is a whole row."""
+    secret_options: bool = False
+    """CREATE or ALTER of a user mapping or foreign server: its options are secrets."""
+    do_bodies: list[str] = field(default_factory=list)
+    parts: list[Analysis] = field(default_factory=list)
+    """One a statement, where the text holds several: each is judged by itself, the strictest verdict wins."""
 
     @property
     def ddl(self) -> bool:
@@ -206,18 +232,47 @@ def analyse(text: str) -> Analysis:
     except (UnicodeEncodeError, ValueError, RecursionError) as error:
         found.error = SyntaxIssue(f"the text cannot be parsed: {type(error).__name__}", 0)
         return found
-    walker = _Walker(found)
+    parts = [_analyse_one(_unwrap(raw.stmt)) for raw in tree.stmts]
+    found = parts[0] if len(parts) == 1 else _together(parts)
+    if may_hold_secrets(text) or found.secret_options:
+        _passwords(text, found)
+    return found
+
+
+def may_hold_secrets(text: str) -> bool:
+    """A word that goes before a secret stands anywhere in the text, literals and comments included."""
+    return _SECRET_WORD.search(text) is not None
+
+
+def _analyse_one(statement: Any) -> Analysis:
+    found = Analysis()
     try:
-        for raw in tree.stmts:
-            walker.statement(_unwrap(raw.stmt), top=True)
+        walker = _Walker(found)
+        walker.statement(statement, top=True)
+        if not walker.rows.isdisjoint(found.ranges):
+            found.flowing.add("*")
     except (_TooDeep, RecursionError):
         found.too_deep = True
-    if (
-        any(kind in ("CREATE", "ALTER") for kind in found.statements)
-        or "dblink" in text
-        or "password" in text.lower()
-    ):
-        _passwords(text, found)
+    for columns in (found.flowing, found.stored, found.copied):
+        if not columns.isdisjoint(found.ranges):
+            columns.add("*")
+    return found
+
+
+def _together(parts: list[Analysis]) -> Analysis:
+    found = Analysis(parts=parts)
+    for part in parts:
+        found.statements += part.statements
+        found.bound_literals += part.bound_literals
+        found.bound_parameters += part.bound_parameters
+        found.do_bodies += part.do_bodies
+        for name in ("reads", "writes", "functions", "settings", "flowing", "stored", "copied", "ranges"):
+            getattr(found, name).update(getattr(part, name))
+        for name in (
+            "without_where", "opaque", "row_functions", "copy_out", "transaction", "constant_sensitive", "too_deep",
+            "secret_options",
+        ):  # fmt: skip
+            setattr(found, name, getattr(found, name) or getattr(part, name))
     return found
 
 
@@ -241,7 +296,11 @@ class _Walker:
     def __init__(self, found: Analysis) -> None:
         self.found = found
         self.ctes: list[set[str]] = []
-        self.aliases: list[set[str]] = []
+        self.rows: set[str] = set()
+        """Plain columns of the outermost result: a whole row where a range has that name."""
+        self.comparing = False
+        self.renamed = False
+        """Some alias renames columns."""
 
     # -- statements
 
@@ -255,7 +314,6 @@ class _Walker:
                 found.opaque = True
         scope: set[str] = set()
         self.ctes.append(scope)
-        self.aliases.append(set())
         try:
             with_clause = getattr(node, "with_clause", None)
             if with_clause is not None and node.HasField("with_clause"):
@@ -268,11 +326,54 @@ class _Walker:
             special = getattr(self, "_" + name, None)
             if special is not None:
                 special(node, depth)
-            skip = ("with_clause", "relation", "relations") if name in _ONLY_WRITTEN else ("with_clause",)
+            skip: tuple[str, ...] = (
+                ("with_clause", "relation", "relations")
+                if name in _ONLY_WRITTEN
+                else ("with_clause", *_DEFINED)
+            )
+            if name not in _ONLY_WRITTEN:
+                self._defined(node)
+            if "returning_list" in node.DESCRIPTOR.fields_by_name:
+                # Values of RETURNING are a result like a SELECT's.
+                skip += ("returning_list",)
+                self._targets(node, node.returning_list, depth, top)
+            before = set(self.found.flowing)
             self._children(node, depth, flowing=name == "SelectStmt", skip=skip, top=top)
+            if name == "ExplainStmt":
+                self.found.flowing = before  # a plan is shown, no value
         finally:
             self.ctes.pop()
-            self.aliases.pop()
+
+    def _defined(self, node: Any) -> None:
+        """What SELECT INTO, CREATE … AS, CREATE VIEW and other DDL name as their object is written, not read."""
+        for name in _DEFINED:
+            descriptor = node.DESCRIPTOR.fields_by_name.get(name)
+            if descriptor is None or descriptor.type != descriptor.TYPE_MESSAGE or descriptor.is_repeated:
+                continue
+            if node.HasField(name):
+                target = _unwrap(getattr(node, name))
+                if target.DESCRIPTOR.name == "IntoClause":
+                    target = target.rel
+                if target.DESCRIPTOR.name == "RangeVar":
+                    self._written(target)
+
+    def _targets(self, node: Any, targets: Any, depth: int, top: bool) -> None:
+        for item in targets:
+            part = _unwrap(item)
+            value = _unwrap(part.val) if part.DESCRIPTOR.name == "ResTarget" else part
+            if top and value.DESCRIPTOR.name == "ColumnRef":
+                self._plain(value)
+            else:
+                self.visit(part, depth + 1, flowing=True)
+
+    def _plain(self, column: Any) -> None:
+        """A plain column of the outermost result keeps its table's OID and is masked by that; a whole row, or a function
+        called as if it were a column (`c.to_json`), does not."""
+        name = _column(column)
+        if len(column.fields) > 1 and name in _ROW_FUNCTIONS:
+            self.found.flowing.add("*")
+        elif name != "*":
+            self.rows.add(name)
 
     @staticmethod
     def _kind(node: Any, name: str) -> str | None:
@@ -309,27 +410,42 @@ class _Walker:
 
     def _InsertStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
-        select = _unwrap(node.select_stmt) if node.HasField("select_stmt") else None
-        if select is None:
-            return
         columns = [_unwrap(target).name for target in node.cols]
-        if len(select.values_lists):
-            for row in select.values_lists:
+        if node.HasField("select_stmt"):
+            for row in _unwrap(node.select_stmt).values_lists:
                 for index, value in enumerate(_unwrap(row).items):
                     self._bind(columns[index] if index < len(columns) else "*", _unwrap(value))
-        else:
-            self._store(select)
+            self._store(_unwrap(node.select_stmt))
+        if node.HasField("with_clause"):
+            self._store(node.with_clause)
+        if node.HasField("on_conflict_clause"):
+            self._set(node.on_conflict_clause.target_list, alone=False)
 
     def _UpdateStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
         self._check_where(node)
-        for target in node.target_list:
+        alone = not len(node.from_clause) and not node.HasField("with_clause")
+        self._set(node.target_list, alone=alone)
+        if not alone:
+            for source in node.from_clause:
+                self._store(_unwrap(source))
+            if node.HasField("with_clause"):
+                self._store(node.with_clause)
+
+    def _set(self, targets: Any, *, alone: bool) -> None:
+        """`SET column = value`. A value made from the same column of the same row stays under its mask."""
+        for target in targets:
             part = _unwrap(target)
             value = _unwrap(part.val)
+            if value.DESCRIPTOR.name == "MultiAssignRef":
+                source = _unwrap(value.source)
+                if source.DESCRIPTOR.name == "RowExpr" and value.colno <= len(source.args):
+                    value = _unwrap(source.args[value.colno - 1])
             self._bind(part.name, value)
             collected: set[str] = set()
             self._collect(value, collected, 0)
-            self.found.stored |= collected
+            if not (alone and collected <= {part.name} and not _holds(value, "SubLink")):
+                self.found.stored |= collected
 
     def _DeleteStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
@@ -337,10 +453,24 @@ class _Walker:
 
     def _MergeStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
-        collected: set[str] = set()
-        for clause in node.merge_when_clauses:
-            self._collect(_unwrap(clause), collected, 0)
-        self.found.stored |= collected
+        if not _filters(_unwrap(node.join_condition)):
+            self.found.without_where = True
+        if _has_bare_constants(_unwrap(node.join_condition)):
+            self.found.constant_sensitive = True
+        for item in node.merge_when_clauses:
+            clause = _unwrap(item)
+            kind = _MERGE_KINDS.get(int(clause.command_type))
+            if kind and kind not in self.found.statements:
+                self.found.statements.append(kind)
+            if kind == "UPDATE":
+                self._set(clause.target_list, alone=False)
+            for index, value in enumerate(clause.values):
+                column = _unwrap(clause.target_list[index]).name if index < len(clause.target_list) else "*"
+                self._bind(column, _unwrap(value))
+            self._store(clause)
+        self._store(_unwrap(node.source_relation))
+        if node.HasField("with_clause"):
+            self._store(node.with_clause)
 
     def _TruncateStmt(self, node: Any, depth: int) -> None:
         for relation in node.relations:
@@ -357,10 +487,12 @@ class _Walker:
             names = _strings(node.attlist)
             found.copied |= set(names) if names else {"*"}
         else:
-            collected: set[str] = set()
-            query = _unwrap(node.query)
-            self._outputs(query, collected)
-            found.copied |= collected
+            self._collect(_unwrap(node.query), found.copied, 0)
+
+    def _CreateUserMappingStmt(self, node: Any, depth: int) -> None:
+        self.found.secret_options = self.found.constant_sensitive = True
+
+    _AlterUserMappingStmt = _CreateForeignServerStmt = _AlterForeignServerStmt = _CreateUserMappingStmt
 
     def _DropStmt(self, node: Any, depth: int) -> None:
         for item in node.objects:
@@ -372,9 +504,23 @@ class _Walker:
     def _AlterTableStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
 
+        for item in node.cmds:
+            command = _unwrap(item)
+            definition = _unwrap(getattr(command, "def"))
+            collected: set[str] = set()
+            self._collect(definition, collected, 0)
+            self.found.stored |= collected - {command.name}
+
     def _RenameStmt(self, node: Any, depth: int) -> None:
         if node.HasField("relation"):
             self._written(node.relation)
+            # Under another name no pattern would know it.
+            self.found.stored.add(node.subname or "*")
+
+    def _AlterObjectSchemaStmt(self, node: Any, depth: int) -> None:
+        if node.HasField("relation"):
+            self._written(node.relation)
+            self.found.stored.add("*")
 
     def _CreateStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
@@ -388,6 +534,13 @@ class _Walker:
 
     def _DoStmt(self, node: Any, depth: int) -> None:
         self.found.constant_sensitive = True
+        for item in node.args:
+            argument = _unwrap(_unwrap(item).arg)
+            if argument.DESCRIPTOR.name == "String":
+                self.found.do_bodies.append(argument.sval)
+
+    def _CallStmt(self, node: Any, depth: int) -> None:
+        self.found.row_functions = True
 
     def _FetchStmt(self, node: Any, depth: int) -> None:
         self.found.row_functions = True
@@ -402,41 +555,31 @@ class _Walker:
             self.found.writes.add(Table(relation.schemaname, relation.relname))
 
     def _check_where(self, node: Any) -> None:
-        if not node.HasField("where_clause") or _always_true(_unwrap(node.where_clause)):
+        if not node.HasField("where_clause"):
             self.found.without_where = True
-        if node.HasField("where_clause") and _has_bare_constants(_unwrap(node.where_clause)):
+            return
+        condition = _unwrap(node.where_clause)
+        if not _filters(condition):
+            self.found.without_where = True
+        if _has_bare_constants(condition):
             self.found.constant_sensitive = True
 
-    def _store(self, select: Any) -> None:
-        collected: set[str] = set()
-        self._outputs(select, collected)
-        self.found.stored |= collected
-
-    def _outputs(self, select: Any, collected: set[str]) -> None:
-        """Column names that a query's output can hold; `*` for all."""
-        if select.DESCRIPTOR.name != "SelectStmt":
-            collected.add("*")
-            return
-        for side in ("larg", "rarg"):
-            if select.HasField(side):
-                self._outputs(getattr(select, side), collected)
-        for target in select.target_list:
-            self._collect(_unwrap(target), collected, 0)
-        for source in select.from_clause:
-            part = _unwrap(source)
-            if part.DESCRIPTOR.name == "RangeSubselect":
-                self._outputs(_unwrap(part.subquery), collected)
-        if select.HasField("with_clause"):
-            for cte in select.with_clause.ctes:
-                self._outputs(_unwrap(_unwrap(cte).ctequery), collected)
+    def _store(self, node: Any) -> None:
+        """Every column that is a value anywhere below may be stored; so may whole rows under other names."""
+        self._collect(node, self.found.stored, 0)
 
     def _collect(self, node: Any, collected: set[str], depth: int) -> None:
         """All columns referenced below, values only."""
         if depth > MAX_DEPTH:
             raise _TooDeep
-        if node.DESCRIPTOR.name == "ColumnRef":
+        name = node.DESCRIPTOR.name
+        if name == "ColumnRef":
             collected.add(_column(node))
             return
+        if name == "Alias" and len(node.colnames):
+            collected.add("*")
+        if name == "SelectStmt" and not len(node.target_list) and len(node.from_clause):
+            collected.add("*")
         for descriptor, value in node.ListFields():
             if descriptor.name in _NOT_FLOWING or descriptor.type != descriptor.TYPE_MESSAGE:
                 continue
@@ -444,13 +587,12 @@ class _Walker:
                 self._collect(_unwrap(child), collected, depth + 1)
 
     def _bind(self, column: str, value: Any) -> None:
-        name = value.DESCRIPTOR.name
-        if name == "TypeCast":
-            self._bind(column, _unwrap(value.arg))
-        elif name == "A_Const":
-            self.found.bound_literals.append((column, value.location))
-        elif name == "ParamRef":
-            self.found.bound_parameters.append((column, value.number - 1))
+        """Every constant and parameter in `value` belongs to `column`."""
+        constants: list[int] = []
+        parameters: list[int] = []
+        _constants(value, constants, parameters, 0)
+        self.found.bound_literals += [(column, offset) for offset in constants]
+        self.found.bound_parameters += [(column, number) for number in parameters]
 
     def _children(
         self, node: Any, depth: int, *, flowing: bool, skip: tuple[str, ...] = (), top: bool = False
@@ -466,17 +608,9 @@ class _Walker:
                     if direct.DESCRIPTOR.name == "ColumnRef" and not node.DESCRIPTOR.name.startswith(
                         "Update"
                     ):
-                        if _column(direct) != "*" and len(direct.fields) == 1:
-                            # May be a whole row: `SELECT c FROM customers c`.
-                            self._maybe_row(direct, node)
-                        continue  # a plain column keeps its table's OID: the session masks it by that
+                        self._plain(direct)
+                        continue
                 self.visit(inner, depth + 1, flowing=flows)
-
-    def _maybe_row(self, column: Any, select: Any) -> None:
-        name = _column(column)
-        for source in getattr(select, "from_clause", ()):
-            if name in _names_of(_unwrap(source)):
-                self.found.flowing.add("*")
 
     def visit(self, node: Any, depth: int, *, flowing: bool) -> None:
         if depth > MAX_DEPTH:
@@ -498,13 +632,27 @@ class _Walker:
             flowing = flowing and len(node.args) != 0
         elif name == "RangeFunction":
             self._range_function(node)
-        elif name == "A_Expr":
+        elif name == "JoinExpr":
+            # A merged column may be COALESCE or a cast of two, without a table's OID.
+            found.flowing |= {"*"} if node.is_natural else set(_strings(node.using_clause))
+        elif name == "Alias":
+            found.ranges.add(node.aliasname)
+            if len(node.colnames):
+                found.flowing.add("*")  # columns under names that no pattern knows
+                self.renamed = True
+        if name in _COMPARES and not self.comparing:
+            self.comparing = True
             self._comparison(node)
-        elif name == "JoinExpr" and node.is_natural:
-            pass
+            self._children(node, depth, flowing=flowing)
+            self.comparing = False
+            return
         self._children(node, depth, flowing=flowing)
 
     def _relation(self, node: Any) -> None:
+        self.found.ranges.add(node.alias.aliasname or node.relname)
+        if len(node.alias.colnames):
+            self.found.flowing.add("*")
+            self.renamed = True
         if not node.schemaname and any(node.relname in scope for scope in self.ctes):
             return
         if node.relname:
@@ -522,6 +670,11 @@ class _Walker:
             known = first is not None and first.DESCRIPTOR.name == "A_Const" and first.HasField("sval")
             found.settings.add(first.sval.sval.lower() if known and first is not None else "*")
             found.constant_sensitive = True
+        if names[-1] in _SINKS or names[-1] in _TABLE_BY_NAME:
+            for argument in node.args:
+                self._store(_unwrap(argument))
+        if names[-1] not in builtin_functions() or (len(names) > 1 and names[0] != "pg_catalog"):
+            found.row_functions = True  # of the user's own: it may read anything
         if names[-1] in _TABLE_BY_NAME:
             found.flowing.add("*")
             found.row_functions = True
@@ -540,14 +693,43 @@ class _Walker:
                 self.found.row_functions = True
 
     def _comparison(self, node: Any) -> None:
-        if not (node.HasField("lexpr") and node.HasField("rexpr")):
-            return
-        left, right = _unwrap(node.lexpr), _unwrap(node.rexpr)
-        for one, other in ((left, right), (right, left)):
-            if one.DESCRIPTOR.name != "ColumnRef":
-                continue
-            for value in other.items if other.DESCRIPTOR.name == "List" else (other,):
-                self._bind(_column(one), _unwrap(value))
+        """Constants in one expression with a column may be that column's values: `lower(ssn) LIKE '12%'`."""
+        columns: set[str] = set()
+        self._collect(node, columns, 0)
+        for column in columns:
+            self._bind(column, node)
+
+
+def _constants(node: Any, constants: list[int], parameters: list[int], depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _TooDeep
+    name = node.DESCRIPTOR.name
+    if name == "A_Const":
+        constants.append(node.location)
+        return
+    if name == "ParamRef":
+        parameters.append(node.number - 1)
+        return
+    if name in ("TypeName", "String"):
+        return
+    for descriptor, value in node.ListFields():
+        if descriptor.type == descriptor.TYPE_MESSAGE:
+            for child in value if _repeated(value) else (value,):
+                _constants(_unwrap(child), constants, parameters, depth + 1)
+
+
+def _holds(node: Any, kind: str, depth: int = 0) -> bool:
+    """Whether a node of that kind stands at or below `node`."""
+    if depth > MAX_DEPTH:
+        raise _TooDeep
+    if node.DESCRIPTOR.name == kind:
+        return True
+    return any(
+        _holds(_unwrap(child), kind, depth + 1)
+        for descriptor, value in node.ListFields()
+        if descriptor.type == descriptor.TYPE_MESSAGE
+        for child in (value if _repeated(value) else (value,))
+    )
 
 
 def _repeated(value: Any) -> bool:
@@ -559,42 +741,19 @@ def _column(node: Any) -> str:
     return str(last.sval) if last.DESCRIPTOR.name == "String" else "*"
 
 
-def _names_of(source: Any) -> set[str]:
-    name = source.DESCRIPTOR.name
-    if name == "RangeVar":
-        return {source.alias.aliasname or source.relname}
-    if name == "JoinExpr":
-        return _names_of(_unwrap(source.larg)) | _names_of(_unwrap(source.rarg))
-    if source.HasField("alias") if "alias" in source.DESCRIPTOR.fields_by_name else False:
-        return {source.alias.aliasname}
-    return set()
-
-
-def _always_true(node: Any) -> bool:
-    """`WHERE true`, `1=1`, `NOT false`, `x = x` is not folded: it is false for NULL."""
+def _filters(node: Any) -> bool:
+    """Whether a condition can leave rows out: it looks at a column. `true`, `1=1`, `now() > '2000-01-01'`, `x = x` do not."""
     name = node.DESCRIPTOR.name
-    if name == "A_Const":
-        return bool(node.HasField("boolval") and node.boolval.boolval)
-    if name == "TypeCast":
-        inner = _unwrap(node.arg)
-        return (
-            inner.DESCRIPTOR.name == "A_Const"
-            and inner.HasField("sval")
-            and inner.sval.sval.lower() in ("t", "true", "on", "yes", "1")
-        )
-    if name == "A_Expr":
-        left = _unwrap(node.lexpr) if node.HasField("lexpr") else None
-        right = _unwrap(node.rexpr) if node.HasField("rexpr") else None
-        return left is not None and right is not None and _is_constant(left) and _is_constant(right)
     if name == "BoolExpr":
-        parts = [_unwrap(part) for part in node.args]
-        operator = int(node.boolop)  # 1 AND, 2 OR, 3 NOT
-        if operator == 1:
-            return all(_always_true(part) for part in parts)
-        if operator == 2:
-            return any(_always_true(part) for part in parts)
-        return all(_is_constant(part) for part in parts)
-    return False
+        parts = [_filters(_unwrap(part)) for part in node.args]
+        return all(parts) if int(node.boolop) == 2 else any(parts)  # 1 AND, 2 OR, 3 NOT
+    if name == "CurrentOfExpr":
+        return True
+    if name == "A_Expr" and node.HasField("lexpr") and node.HasField("rexpr"):
+        left, right = _unwrap(node.lexpr), _unwrap(node.rexpr)
+        if left.DESCRIPTOR.name == right.DESCRIPTOR.name == "ColumnRef" and left.fields == right.fields:
+            return False
+    return _holds(node, "ColumnRef")
 
 
 def _is_constant(node: Any) -> bool:
@@ -618,17 +777,33 @@ def _has_bare_constants(node: Any) -> bool:
     )
 
 
-_PASSWORD: Final = re.compile(
-    rb"(?i)\b(?:password\s*=?\s*|passwd\s+)(?:E|U&)?('(?:[^'\\]|''|\\.)*'|\$([a-zA-Z_]*)\$.*?\$\2\$|[^\s',;)]+)",
-    re.DOTALL,
+_SECRET_WORD: Final = re.compile(r"(?i)passw|pwd|secret|connection|conninfo|://")
+_SECRET_KEYWORDS: Final = frozenset(
+    {b"password", b"passwd", b"pwd", b"secret", b"connection", b"primary_conninfo"}
 )
+_SECRET_IN_LITERAL: Final = re.compile(rb"(?i)passw|pwd|secret|://[^/@\s]*:[^/@\s]*@")
+_LITERAL_TOKENS: Final = frozenset({"SCONST", "USCONST", "BCONST", "XCONST"})
+_COMMENT_TOKENS: Final = frozenset({"SQL_COMMENT", "C_COMMENT"})
 
 
 def _passwords(text: str, found: Analysis) -> None:
+    """By the server's own lexer, so that comments, dollar quotes and escapes cannot hide a literal: the literal after a word
+    such as PASSWORD, any literal that itself speaks of one, and every option of a user mapping or foreign server."""
     raw = text.encode("utf-8", "surrogateescape")
-    for match in _PASSWORD.finditer(raw):
-        found.password_spans.append(match.span(1))
-        found.constant_sensitive = True
+    all_literals = found.secret_options
+    before = b""
+    for token in postgast.scan(text).tokens:
+        kind = token.DESCRIPTOR.fields_by_name["token"].enum_type.values_by_number[token.token].name
+        if kind in _COMMENT_TOKENS:
+            continue
+        word = raw[token.start : token.end]
+        if kind in _LITERAL_TOKENS and (
+            all_literals or before in _SECRET_KEYWORDS or _SECRET_IN_LITERAL.search(word)
+        ):
+            found.password_spans.append((token.start, token.end))
+            found.constant_sensitive = True
+        if word != b"=" and kind != "TYPECAST":
+            before = word.strip(b'"').lower()
 
 
 def literal_span(raw: bytes, start: int) -> tuple[int, int] | None:

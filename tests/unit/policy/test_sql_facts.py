@@ -32,7 +32,7 @@ from sidecar.policy.sql import Table, analyse
         ("REVOKE ALL ON t FROM u", ["REVOKE"]),
         ("COPY t TO STDOUT", ["COPY"]),
         ("DROP ROLE x", ["DROP"]),
-        ("MERGE INTO t USING s ON t.a = s.a WHEN MATCHED THEN DELETE", ["MERGE"]),
+        ("MERGE INTO t USING s ON t.a = s.a WHEN MATCHED THEN DELETE", ["MERGE", "DELETE"]),
     ],
 )
 def test_kinds(text: str, kinds: list[str] | None) -> None:
