@@ -162,6 +162,13 @@ class Engine(Protocol):
         """True where a rule looks at a request's JSON body."""
         ...
 
+    def column_masks(
+        self, facts: FlowFacts, database: str | None, user: str | None, *, observing: bool
+    ) -> MaskPlan:
+        """All column masks that any statement of this connection could come under, whatever its text: for rows of statements
+        whose text is not at hand (FETCH, EXECUTE). `observing`: those of observing rules too."""
+        ...
+
     def evaluate(self, operation: Operation, facts: FlowFacts) -> Verdict:
         """Judge one operation. Never raises for bad input: what cannot be understood follows `on_unparsed`. Caches by statement
         and the deciding facts (design, section 2), so that calling it for every statement is cheap."""

@@ -7,6 +7,7 @@ text (constants replaced), so that inline literals do not defeat the cache.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,7 +20,11 @@ from sidecar.policy.document import PolicyDocument
 from sidecar.policy.masks import EMPTY, Plan
 from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
 
-CACHE_ENTRIES: Final = 10_000
+CACHE_ENTRIES: Final = 4_096
+CACHE_BYTES: Final = 8 * 1024 * 1024
+"""Of statement text, in each of the two caches; full ones are emptied."""
+CACHE_SCOPES: Final = 4_096
+"""Flows whose deciding facts are remembered."""
 CACHE_TEXT_BYTES: Final = 65_536
 """Longer texts are judged anew each time, so that the cache stays small."""
 
@@ -53,13 +58,32 @@ class CompiledRule:
     def holds(self, subject: Subject) -> Answer:
         if isinstance(subject.operation, ConnectOperation) and not self.on_connect:
             return False
+        if self.until is not None and subject.now >= self.until:
+            return False
+        subject.every = self.action is Action.ALLOW
         answer = all_of(selector.test(subject) for selector in self.selectors)
+        subject.every = False
         if answer is False or not self.exceptions:
             return answer
         for exception in self.exceptions:
+            if exception.until is not None and subject.now >= exception.until:
+                continue
             if all_of(selector.test(subject) for selector in exception.selectors) is True:
                 return False
         return answer
+
+
+_STRICTNESS: Final = {Action.ALLOW: 0, Action.MASK: 0, Action.HOLD: 1, Action.DENY: 2, Action.INVALID: 3}
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the rules say of one statement."""
+
+    decided: CompiledRule | None = None
+    masking: list[CompiledRule] = field(default_factory=list)
+    would: str | None = None
+    needs: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -74,24 +98,45 @@ class Policy:
     wants_request_json: bool = False
     by_principal: bool = False
     by_workload: bool = False
-    _cache: dict[Any, Verdict] = field(default_factory=dict)
-    _shapes: dict[Any, Verdict] = field(default_factory=dict)
+    now_ns: Callable[[], int] | None = None
+    """The clock for `until`; without one a flow's opening time counts."""
+    shape_safe: bool = field(init=False)
+    """No rule looks at literals."""
+    _expires: bool = field(init=False)
+    _cache: dict[Any, Verdict] = field(default_factory=dict, repr=False)
+    _shapes: dict[Any, Verdict] = field(default_factory=dict, repr=False)
+    _cache_bytes: int = 0
+    _shape_bytes: int = 0
+    _scopes: dict[int, tuple[FlowFacts, int]] = field(default_factory=dict, repr=False)
+    _scope_numbers: dict[Any, int] = field(default_factory=dict, repr=False)
+    _next_scope: int = 0
 
-    @property
-    def shape_safe(self) -> bool:
-        """No rule looks at literals."""
-        return not any(rule.looks_at_text for rule in self.rules)
+    def __post_init__(self) -> None:
+        self.shape_safe = not any(rule.looks_at_text for rule in self.rules)
+        self._expires = any(
+            rule.until is not None or any(item.until is not None for item in rule.exceptions)
+            for rule in self.rules
+        )
 
     def evaluate(self, operation: Operation, facts: FlowFacts) -> Verdict:
         if isinstance(operation, SqlOperation):
             return self._sql(operation, facts)
-        return self._judge(Subject(operation, facts))
+        return self._judge(self.subject(operation, facts))
+
+    def subject(
+        self, operation: Operation, facts: FlowFacts, analysis: sql.Analysis | None = None
+    ) -> Subject:
+        """What rules are asked about."""
+        now_ns = self.now_ns() if self.now_ns is not None else facts.opened_ns
+        return Subject(
+            operation, facts, analysis, now=datetime.datetime.fromtimestamp(now_ns / 1e9, datetime.UTC)
+        )
 
     def column_masks(
         self, facts: FlowFacts, database: str | None, user: str | None, *, observing: bool
     ) -> Plan:
         """Masks of every rule that the flow's facts do not rule out; selectors of the statement are taken as unknown."""
-        subject = Subject(SqlOperation("query", "", database, user), facts, sql.Analysis())
+        subject = self.subject(SqlOperation("query", "", database, user), facts, sql.Analysis())
 
         def may(selectors: tuple[Selector, ...]) -> Answer:
             return all_of(
@@ -105,7 +150,11 @@ class Policy:
             if rule.plan.has_columns
             and (observing or not rule.observe)
             and may(rule.selectors) is not False
-            and all(may(exception.selectors) is not True for exception in rule.exceptions)
+            and all(
+                (exception.until is not None and subject.now >= exception.until)
+                or may(exception.selectors) is not True
+                for exception in rule.exceptions
+            )
         )
 
     def run_tests(self) -> list[Any]:
@@ -116,45 +165,71 @@ class Policy:
 
     # -- SQL
 
-    def _key(self, operation: SqlOperation, facts: FlowFacts) -> Any:
-        target = facts.target
-        return (
-            operation.database,
-            operation.user,
-            operation.standard_conforming_strings,
-            target.address,
-            target.names,
-            target.name,
-            target.unresolved,
-            (facts.principal.issuer, facts.principal.subject, facts.principal.jti)
-            if self.by_principal and facts.principal
-            else None,
+    def _scope(self, facts: FlowFacts) -> int:
+        """A number for the flow's deciding facts: equal facts, equal number. Principal and workload only where a rule looks."""
+        known = self._scopes.get(id(facts))
+        if known is not None and known[0] is facts:
+            return known[1]
+        if len(self._scopes) >= CACHE_SCOPES or len(self._scope_numbers) >= CACHE_SCOPES:
+            self._scopes.clear()
+            self._scope_numbers.clear()
+        deciding = (
+            facts.target,
+            (facts.principal, facts.identity_error) if self.by_principal else None,
             facts.workload if self.by_workload else None,
         )
+        number = self._scope_numbers.get(deciding)
+        if number is None:
+            self._next_scope += 1
+            number = self._scope_numbers[deciding] = self._next_scope
+        self._scopes[id(facts)] = (facts, number)
+        return number
 
     def _sql(self, operation: SqlOperation, facts: FlowFacts) -> Verdict:
         text = operation.text
-        key = self._key(operation, facts)
-        known = self._cache.get((text, key))
+        key = (
+            text,
+            self._scope(facts),
+            operation.database,
+            operation.user,
+            operation.standard_conforming_strings,
+        )
+        known = self._cache.get(key)
         if known is not None:
             return known
-        cacheable = len(text) <= CACHE_TEXT_BYTES and not self._expiring()
+        if not operation.standard_conforming_strings and "\\" in text:
+            # The server would end literals elsewhere than the grammar here does: `'\\'; DROP …`.
+            analysis = sql.Analysis(unjudged="a backslash while standard_conforming_strings is off")
+            return self._judge(self.subject(operation, facts, analysis))
+        cacheable = len(text) <= CACHE_TEXT_BYTES and not self._expires
         shape = None
-        if cacheable and self.shape_safe and ("'" in text or any(char.isdigit() for char in text)):
+        if (
+            cacheable
+            and self.shape_safe
+            and ("'" in text or any(char.isdigit() for char in text))
+            and not sql.may_hold_secrets(text)
+        ):
             shape = sql.normalise(text)
             if shape is not None:
-                known = self._shapes.get((shape, key))
+                known = self._shapes.get((shape, *key[1:]))
                 if known is not None:
                     return known
         analysis = sql.analyse(text)
-        verdict = self._judge(Subject(operation, facts, analysis))
-        if cacheable:
-            store = self._cache
-            if shape is not None and self._shareable(analysis, verdict):
-                store, text = self._shapes, shape
-            if len(store) >= CACHE_ENTRIES:
-                store.clear()
-            store[(text, key)] = verdict
+        verdict = self._judge(self.subject(operation, facts, analysis))
+        if not cacheable:
+            return verdict
+        if shape is not None and self._shareable(analysis, verdict):
+            self._shape_bytes += len(shape)
+            if len(self._shapes) >= CACHE_ENTRIES or self._shape_bytes > CACHE_BYTES:
+                self._shapes.clear()
+                self._shape_bytes = len(shape)
+            self._shapes[(shape, *key[1:])] = verdict
+        else:
+            self._cache_bytes += len(text)
+            if len(self._cache) >= CACHE_ENTRIES or self._cache_bytes > CACHE_BYTES:
+                self._cache.clear()
+                self._cache_bytes = len(text)
+            self._cache[key] = verdict
         return verdict
 
     @staticmethod
@@ -169,9 +244,6 @@ class Policy:
             and not facts.masked_parameters
             and not facts.password_spans
         )
-
-    def _expiring(self) -> bool:
-        return any(exception.until for rule in self.rules for exception in rule.exceptions)
 
     # -- judging
 
@@ -188,47 +260,31 @@ class Policy:
                 syntax=analysis.error,
                 sql_facts=SqlFacts(),
             )
-        decided: CompiledRule | None = None
-        would: str | None = None
-        plans: list[Plan] = []
-        record_plans: list[Plan] = []
-        for rule in self.rules:
-            answer = rule.holds(subject)
-            if answer is False or (answer is None and rule.action is Action.ALLOW and not rule.plan):
-                continue
-            if rule.plan:
-                record_plans.append(rule.plan)
-                if not rule.observe:
-                    plans.append(rule.plan)
-            if rule.action is None or (rule.action is Action.ALLOW and answer is not True):
-                continue
-            if rule.observe:
-                if would is None and rule.action is not Action.ALLOW:
-                    would = f"{rule.action.value}:{rule.name}"
-                continue
-            if decided is None:
-                decided = rule
-        plan, record_plan = masks.merge(plans), masks.merge(record_plans)
+        parts = analysis.parts if analysis is not None and analysis.parts else [analysis]
+        outcomes = [self._decide(self.subject(operation, subject.facts, part)) for part in parts]
+        for outcome in outcomes:
+            subject.needs |= outcome.needs
+        fired = {rule.name for outcome in outcomes for rule in outcome.masking}
+        masking = [rule for rule in self.rules if rule.name in fired]
+        plan = masks.merge([rule.plan for rule in masking if not rule.observe])
+        record_plan = masks.merge([rule.plan for rule in masking])
         facts = None
         if analysis is not None and isinstance(operation, SqlOperation):
-            facts = self._facts(analysis, record_plan, operation.text)
-        if (
-            analysis is not None
-            and analysis.too_deep
-            and self.document.on_unparsed == "deny"
-            and decided is None
-        ):
-            return self._verdict(
-                Action.DENY,
-                None,
-                "the statement is too deep to be understood",
-                plan,
-                record_plan,
-                sql_facts=facts,
-            )
-        action, rule_name, reason, enforced = self._outcome(decided, operation, plan, facts)
-        if not enforced:
-            would = would or (f"{action.value}:{rule_name or 'default'}")
+            facts = self._facts(analysis, plan, record_plan, operation.text)
+        # Every statement is judged; the strictest wins, the first of equals.
+        ranked = [
+            (*self._outcome(outcome.decided, operation, plan, facts, part), outcome)
+            for outcome, part in zip(outcomes, parts, strict=True)
+        ]
+        action, rule_name, reason, enforced, chosen = max(
+            ranked or [(Action.ALLOW, None, "", True, _Outcome())],
+            key=lambda row: _STRICTNESS[row[0]] if row[3] else _STRICTNESS[Action.ALLOW],
+        )
+        decided = chosen.decided if chosen.decided is not None and chosen.decided.name == rule_name else None
+        would = next((outcome.would for outcome in outcomes if outcome.would), None)
+        not_enforced = next((row for row in ranked if not row[3]), None)
+        if not_enforced is not None and enforced is not True:
+            would = would or f"{action.value}:{rule_name or 'default'}"
             action = Action.MASK if plan else Action.ALLOW
         objects = self._objects(analysis) if analysis is not None else ()
         return Verdict(
@@ -249,21 +305,47 @@ class Policy:
             sql=facts,
         )
 
+    def _decide(self, subject: Subject) -> _Outcome:
+        """The rules in order, for one statement or request."""
+        found = _Outcome(needs=subject.needs)
+        for rule in self.rules:
+            answer = rule.holds(subject)
+            # `deny`, `approve` and `mask` fire on unknown too, `allow` only on what is known.
+            if answer is False:
+                continue
+            if rule.plan:
+                found.masking.append(rule)
+            if rule.action is None or (rule.action is Action.ALLOW and answer is not True):
+                continue
+            if rule.observe:
+                if found.would is None and rule.action is not Action.ALLOW:
+                    found.would = f"{rule.action.value}:{rule.name}"
+            elif found.decided is None:
+                found.decided = rule
+        return found
+
     def _outcome(
-        self, decided: CompiledRule | None, operation: Operation, plan: Plan, facts: SqlFacts | None
+        self,
+        decided: CompiledRule | None,
+        operation: Operation,
+        plan: Plan,
+        facts: SqlFacts | None,
+        analysis: sql.Analysis | None,
     ) -> tuple[Action, str | None, str, bool]:
         """(action, rule, reason, enforced)."""
         observing = self.document.mode == "observe"
-        if decided is not None and decided.action in (Action.DENY, Action.HOLD):
-            return decided.action, decided.name, decided.reason, not observing
-        if facts is not None and (facts.copies_masked or facts.writes_masked) and plan:
-            what = "COPY would hand out" if facts.copies_masked else "the statement would store"
-            return (
-                Action.DENY,
-                plan.rules[0],
-                f"{what} a masked column where it cannot be masked",
-                not observing,
-            )
+        if decided is not None and decided.action is Action.DENY:
+            return Action.DENY, decided.name, decided.reason, True
+        if analysis is not None and (analysis.too_deep or analysis.unjudged):
+            if self.document.on_unparsed == "deny" and (decided is None or decided.action is Action.ALLOW):
+                why = analysis.unjudged or "it is nested too deeply"
+                return Action.DENY, None, f"the statement cannot be understood: {why}", not observing
+        elif facts is not None and (facts.copies_masked or facts.writes_masked):
+            # Before a hold or an allow: neither lifts a mask.
+            what = "COPY would hand out" if facts.copies_masked else "the statement would move"
+            return Action.DENY, plan.rules[0], f"{what} a masked column to where it cannot be masked", True
+        if decided is not None and decided.action is Action.HOLD:
+            return Action.HOLD, decided.name, decided.reason, True
         if decided is None and self.document.default == "deny":
             parsed_later = isinstance(operation, ConnectOperation) and operation.protocol in (
                 "postgres",
@@ -301,21 +383,24 @@ class Policy:
         return tuple(rows)
 
     @staticmethod
-    def _facts(analysis: sql.Analysis, plan: Plan, text: str) -> SqlFacts:
-        """What the session needs; what concerns masks is judged against the plan in force, towards masking."""
-        touches = plan.has_columns and (
-            any(plan.may_mask_table(t.schema, t.name) for t in analysis.reads | analysis.writes)
-            or analysis.row_functions
-        )
+    def _facts(analysis: sql.Analysis, plan: Plan, record_plan: Plan, text: str) -> SqlFacts:
+        """What the session needs; what concerns masks is judged towards masking. A relation that no pattern names may be a
+        view of one: a column's name counts whatever the relation is. Only enforced masks (`plan`) deny."""
+        tables = analysis.reads | analysis.writes
 
-        def reached(columns: set[str]) -> bool:
-            return touches and any(plan.may_mask_column(column) for column in columns)
+        def touches(masks: Plan) -> bool:
+            return any(masks.may_mask_table(table.schema, table.name) for table in tables)
+
+        def reached(masks: Plan, columns: set[str]) -> bool:
+            return masks.has_columns and any(
+                touches(masks) if column == "*" else masks.may_mask_column(column) for column in columns
+            )
 
         raw = text.encode("utf-8", "surrogateescape")
         spans = [
             span
             for column, offset in analysis.bound_literals
-            if touches and plan.may_mask_column(column) and (span := sql.literal_span(raw, offset))
+            if reached(record_plan, {column}) and (span := sql.literal_span(raw, offset))
         ]
         return SqlFacts(
             statements=tuple(analysis.statements),
@@ -323,14 +408,14 @@ class Policy:
             may_change_catalog=analysis.ddl,
             transaction_control=analysis.transaction,
             is_copy="COPY" in analysis.statements,
-            masked_reach=reached(analysis.flowing) or (plan.has_columns and analysis.row_functions),
-            copies_masked=analysis.copy_out and reached(analysis.copied),
-            writes_masked=reached(analysis.stored),
+            masked_reach=reached(record_plan, analysis.flowing)
+            or (record_plan.has_columns and analysis.row_functions),
+            copies_masked=analysis.copy_out and reached(plan, analysis.copied),
+            writes_masked=reached(plan, analysis.stored)
+            or any(plan.may_name_masked(body) for body in analysis.do_bodies),
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
             masked_parameters=tuple(
-                number
-                for column, number in analysis.bound_parameters
-                if touches and plan.may_mask_column(column)
+                number for column, number in analysis.bound_parameters if reached(record_plan, {column})
             ),
         )
