@@ -102,6 +102,10 @@ class _Reader:
         return self._scalar(node)
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag == "tag:yaml.org,2002:timestamp":
+            return (
+                node.value
+            )  # a date is text here: whoever needs one reads it, and says what is wrong with it
         loader = yaml.SafeLoader("")
         try:
             return loader.construct_object(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import celpy
@@ -16,7 +17,8 @@ from sidecar.policy import masks
 from sidecar.policy.document import PolicyDocument, Rule, When
 from sidecar.policy.engine import CompiledException, CompiledRule, Policy
 from sidecar.policy.masks import DETECTORS, EMPTY, Plan
-from sidecar.policy.selectors import compile_when, on_connect, words
+from sidecar.policy.selectors import HTTP_ONLY, SQL_ONLY, compile_when, on_connect, words
+from sidecar.policy.sql import STATEMENT_KINDS
 
 _PROTOCOLS = ("postgres", "http", "opaque", "unknown")
 
@@ -37,6 +39,26 @@ class _Compiler:
         )
 
     def selectors(self, when: When, *path: str | int) -> Any:
+        for kind in words(when.statement):
+            if kind.upper() not in STATEMENT_KINDS:
+                near = nearest(kind.upper(), sorted(STATEMENT_KINDS))
+                raise self.fail(
+                    f"`{kind}` is no kind of statement",
+                    *path,
+                    "statement",
+                    hint=f"did you mean `{near}`?" if near else None,
+                )
+        sql_names = [name for name in SQL_ONLY if getattr(when, name) is not None]
+        http_names = [name for name in HTTP_ONLY if getattr(when, name) is not None]
+        protocols = words(when.protocol)
+        if sql_names and (http_names or (protocols and "postgres" not in protocols)):
+            raise self.fail(
+                f"this can never hold: `{sql_names[0]}` is only known for PostgreSQL", *path, sql_names[0]
+            )
+        if http_names and protocols and "http" not in protocols:
+            raise self.fail(
+                f"this can never hold: `{http_names[0]}` is only known for HTTP", *path, http_names[0]
+            )
         for protocol in words(when.protocol):
             if protocol not in _PROTOCOLS:
                 near = nearest(protocol, list(_PROTOCOLS))
@@ -170,8 +192,16 @@ _LOCAL_KEY = hashlib.sha256(b"sidecar: hash masks without a key and without an u
 """Without an upstream and without a key, hashes only have to be stable on this host's records."""
 
 
-def load_policy(text: str, file: str, *, hash_key: bytes | None = None, upstream: bool = False) -> Policy:
-    """Parse, check and compile. Raises ConfigurationError with file, line and the nearest valid name."""
+def load_policy(
+    text: str,
+    file: str,
+    *,
+    hash_key: bytes | None = None,
+    upstream: bool = False,
+    now_ns: Callable[[], int] | None = None,
+) -> Policy:
+    """Parse, check and compile. `now_ns` is the clock for `until`; without one a
+    flow's opening time counts. Raises ConfigurationError with file, line and the nearest valid name."""
     document = load_document(text, file, PolicyDocument)
     compiler = _Compiler(text, file, hash_key, upstream)
     names: set[str] = set()
@@ -205,6 +235,7 @@ def load_policy(text: str, file: str, *, hash_key: bytes | None = None, upstream
         ),
         wants_request_json=any(when.request_json is not None for when in whens),
         by_principal=any(when.principal is not None or when.cel is not None for when in whens),
+        now_ns=now_ns,
         by_workload=any(when.workload is not None or when.cel is not None for when in whens),
     )
 

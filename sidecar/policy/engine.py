@@ -73,6 +73,7 @@ class CompiledRule:
         return answer
 
 
+_EPOCH: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
 _STRICTNESS: Final = {Action.ALLOW: 0, Action.MASK: 0, Action.HOLD: 1, Action.DENY: 2, Action.INVALID: 3}
 
 
@@ -129,7 +130,7 @@ class Policy:
         """What rules are asked about."""
         now_ns = self.now_ns() if self.now_ns is not None else facts.opened_ns
         return Subject(
-            operation, facts, analysis, now=datetime.datetime.fromtimestamp(now_ns / 1e9, datetime.UTC)
+            operation, facts, analysis, now=_EPOCH + datetime.timedelta(microseconds=now_ns // 1000)
         )
 
     def column_masks(
@@ -210,6 +211,8 @@ class Policy:
             and not sql.may_hold_secrets(text)
         ):
             shape = sql.normalise(text)
+            if shape == text:
+                shape = None  # no literal in it: the text itself is the key
             if shape is not None:
                 known = self._shapes.get((shape, *key[1:]))
                 if known is not None:

@@ -14,7 +14,7 @@ from sidecar.model.workload import CiJob, Container, Workload
 from sidecar.policy import sql
 from sidecar.policy.document import Case, Given
 from sidecar.policy.engine import Policy
-from sidecar.policy.selectors import Answer, Subject
+from sidecar.policy.selectors import Answer
 
 _DEFAULT_PORTS = {"postgres": 5432, "http": 80, "opaque": 0}
 
@@ -53,7 +53,8 @@ def explain(policy: Policy, operation: Operation, facts: FlowFacts) -> Explanati
         answers = []
         needs: set[str] = set()
         for selector in rule.selectors:
-            subject = Subject(operation, facts, analysis)
+            subject = policy.subject(operation, facts, analysis)
+            subject.every = rule.action is Action.ALLOW
             answers.append((selector.name, selector.test(subject)))
             needs |= subject.needs
         action = rule.action.value if rule.action else "mask"
@@ -61,7 +62,7 @@ def explain(policy: Policy, operation: Operation, facts: FlowFacts) -> Explanati
             RuleTrace(
                 rule.name,
                 action,
-                rule.holds(Subject(operation, facts, analysis)),
+                rule.holds(policy.subject(operation, facts, analysis)),
                 tuple(answers),
                 tuple(sorted(needs)),
             )
@@ -98,6 +99,7 @@ def subject_of(given: Given) -> tuple[Operation, FlowFacts]:
         origin=None,
         workload=_workload(given.workload or {}),
         principal=principal,
+        identity_error=None if given.principal is not None else "not_given",
     )
     if given.statement is not None:
         return SqlOperation("query", given.statement, given.database, given.user), facts

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fnmatch
 import ipaddress
 from collections.abc import Callable, Iterable
@@ -25,6 +26,9 @@ SQL_ONLY: Final = ("statement", "table", "reads", "writes", "function", "without
 HTTP_ONLY: Final = ("method", "path", "query", "headers", "request_json")
 
 
+_EPOCH: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
+
+
 @dataclass(slots=True)
 class Subject:
     """What is judged: an operation of a flow, with the SQL's analysis where it is one. `needs` collects facts that were asked
@@ -34,6 +38,9 @@ class Subject:
     facts: FlowFacts
     sql: Analysis | None = None
     needs: set[str] = field(default_factory=set)
+    now: datetime.datetime = _EPOCH
+    every: bool = False
+    """An `allow` is asked for: each statement, table and function has to be among those named, not just any."""
 
     def unknown(self, fact: str) -> None:
         self.needs.add(fact)
@@ -137,17 +144,17 @@ def _fact(
     return lambda subject: _glob(patterns, get(subject), fact, subject)
 
 
-def _sql_fact(name: str, test: Callable[[Analysis], Answer]) -> Selector:
+def _sql_fact(name: str, test: Callable[[Analysis, bool], Answer]) -> Selector:
     """False for anything that is not SQL; unknown for what the tree cannot show."""
 
     def run(subject: Subject) -> Answer:
         if not isinstance(subject.operation, SqlOperation):
             return False
         analysis = subject.sql
-        if analysis is None or analysis.too_deep:
+        if analysis is None or analysis.too_deep or analysis.unjudged:
             return None
-        answer = test(analysis)
-        return None if answer is False and analysis.opaque else answer
+        answer = test(analysis, subject.every)
+        return None if analysis.opaque and (answer is False or name != "statement") else answer
 
     return Selector(name, run)
 
@@ -164,10 +171,31 @@ def table_matches(pattern: str, table: Table) -> bool:
     )
 
 
-def _tables(patterns: tuple[str, ...], *, read: bool, written: bool) -> Callable[[Analysis], Answer]:
-    def test(analysis: Analysis) -> Answer:
+def _among(answers: Iterable[bool], every: bool) -> bool:
+    """Any of them; all of them, and at least one, where an allow asks."""
+    found = list(answers)
+    return bool(found) and all(found) if every else any(found)
+
+
+def function_matches(pattern: str, function: str) -> bool:
+    """Right-aligned, as tables are."""
+    schema, _, name = pattern.lower().rpartition(".")
+    called, _, called_name = function.lower().rpartition(".")
+    return fnmatch.fnmatchcase(called_name, name) and (
+        not schema or not called or fnmatch.fnmatchcase(called, schema)
+    )
+
+
+def _calls(analysis: Analysis) -> set[str]:
+    """Each function once: with its schema where it has one."""
+    qualified = {name for name in analysis.functions if "." in name}
+    return qualified | (analysis.functions - {name.rpartition(".")[2] for name in qualified})
+
+
+def _tables(patterns: tuple[str, ...], *, read: bool, written: bool) -> Callable[[Analysis, bool], Answer]:
+    def test(analysis: Analysis, every: bool) -> Answer:
         tables = (analysis.reads if read else set()) | (analysis.writes if written else set())
-        return any(table_matches(pattern, table) for table in tables for pattern in patterns)
+        return _among((any(table_matches(pattern, table) for pattern in patterns) for table in tables), every)
 
     return test
 
@@ -238,8 +266,12 @@ def _principal(when: Any) -> Callable[[Subject], Answer]:
     def test(subject: Subject) -> Answer:
         principal = subject.facts.principal
         if principal is None:
-            # Nobody verified is nobody: a rule about a principal does not hold. (deny-unless is `except`.)
-            return False
+            # Without a token nobody is there, and a rule about somebody does not hold. A token that could not be verified may
+            # be anybody's.
+            if subject.facts.identity_error in (None, "no_token"):
+                return False
+            subject.unknown("principal")
+            return None
         found = [True]
         if issuers:
             found.append(any(fnmatch.fnmatchcase(principal.issuer, pattern) for pattern in issuers))
@@ -415,10 +447,12 @@ def compile_when(when: When) -> tuple[Selector, ...]:
         found.append(_http("headers", _pairs(when.headers, lambda op: op.headers)))
     if when.statement is not None:
         kinds = {word.upper() for word in words(when.statement)}
-        found.append(_sql_fact("statement", lambda a: not kinds.isdisjoint(a.statements)))
+        found.append(
+            _sql_fact("statement", lambda a, every: _among((kind in kinds for kind in a.statements), every))
+        )
     if when.without_where is not None:
         wanted = when.without_where
-        found.append(_sql_fact("without_where", lambda a: a.without_where == wanted))
+        found.append(_sql_fact("without_where", lambda a, every: a.without_where == wanted))
     for name, read, written in (("table", True, True), ("reads", True, False), ("writes", False, True)):
         patterns_ = words(getattr(when, name))
         if patterns_:
@@ -427,7 +461,10 @@ def compile_when(when: When) -> tuple[Selector, ...]:
         names = words(when.function)
         found.append(
             _sql_fact(
-                "function", lambda a: any(fnmatch.fnmatchcase(f, n) for f in a.functions for n in names)
+                "function",
+                lambda a, every: _among(
+                    (any(function_matches(n, f) for n in names) for f in _calls(a)), every
+                ),
             )
         )
     if when.text is not None:

@@ -74,6 +74,22 @@ _TRANSACTION: Final = (
     "ROLLBACK",
 )
 """By TransactionStmtKind."""
+STATEMENT_KINDS: Final = frozenset(
+    {
+        *_KINDS.values(),
+        *_TRANSACTION,
+        "DROP",
+        "ALTER",
+        "CREATE",
+        "SET",
+        "VACUUM",
+        "ANALYZE",
+        "GRANT",
+        "REVOKE",
+        "CONSTRAINTSSET",
+    }
+)
+"""Every word that `statement` may ask for."""
 _ONLY_WRITTEN: Final = frozenset(
     {"InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt", "TruncateStmt", "CreateStmt", "AlterTableStmt"}
 )
@@ -197,6 +213,8 @@ class Analysis:
     """Some fact depends on a literal: not to be shared between texts that differ in literals."""
     error: SyntaxIssue | None = None
     too_deep: bool = False
+    unjudged: str = ""
+    """Why the text cannot be judged, although the server may well accept it."""
     ranges: set[str] = field(default_factory=set)
     """Names and aliases in FROM: a column reference of that name is a whole row."""
     secret_options: bool = False
@@ -227,10 +245,13 @@ def analyse(text: str) -> Analysis:
     try:
         tree = postgast.parse(text)
     except postgast.PgQueryError as error:
+        if "stack depth" in str(error.message):
+            found.too_deep = True
+            return found
         found.error = SyntaxIssue(str(error.message), int(error.cursorpos or 0))
         return found
     except (UnicodeEncodeError, ValueError, RecursionError) as error:
-        found.error = SyntaxIssue(f"the text cannot be parsed: {type(error).__name__}", 0)
+        found.unjudged = f"it cannot be parsed ({type(error).__name__})"
         return found
     parts = [_analyse_one(_unwrap(raw.stmt)) for raw in tree.stmts]
     found = parts[0] if len(parts) == 1 else _together(parts)
@@ -331,12 +352,14 @@ class _Walker:
                 if name in _ONLY_WRITTEN
                 else ("with_clause", *_DEFINED)
             )
-            if name not in _ONLY_WRITTEN:
+            if name not in _ONLY_WRITTEN and name != "CopyStmt":
                 self._defined(node)
-            if "returning_list" in node.DESCRIPTOR.fields_by_name:
-                # Values of RETURNING are a result like a SELECT's.
-                skip += ("returning_list",)
-                self._targets(node, node.returning_list, depth, top)
+            if "returning_clause" in node.DESCRIPTOR.fields_by_name:
+                # Values of RETURNING are a result like a SELECT's. OLD and NEW are rows, under whatever names.
+                skip += ("returning_clause",)
+                found.ranges |= {"old", "new", node.relation.alias.aliasname or node.relation.relname}
+                found.ranges |= {_unwrap(option).value for option in node.returning_clause.options}
+                self._targets(node.returning_clause.exprs, depth, top)
             before = set(self.found.flowing)
             self._children(node, depth, flowing=name == "SelectStmt", skip=skip, top=top)
             if name == "ExplainStmt":
@@ -357,7 +380,7 @@ class _Walker:
                 if target.DESCRIPTOR.name == "RangeVar":
                     self._written(target)
 
-    def _targets(self, node: Any, targets: Any, depth: int, top: bool) -> None:
+    def _targets(self, targets: Any, depth: int, top: bool) -> None:
         for item in targets:
             part = _unwrap(item)
             value = _unwrap(part.val) if part.DESCRIPTOR.name == "ResTarget" else part
@@ -484,6 +507,7 @@ class _Walker:
             return
         found.copy_out = True
         if node.HasField("relation"):
+            self._relation(node.relation)
             names = _strings(node.attlist)
             found.copied |= set(names) if names else {"*"}
         else:
