@@ -1,6 +1,30 @@
 /* cgroup/connect4, cgroup/connect6: mark what is to be steered and note who
  * dialled what. Returns 1 to go on, 0 to refuse with EPERM. */
 
+/* A socket that was steered before and now dials what is none of our business:
+ * its earlier connection is over (the hook runs on unconnected sockets only),
+ * and the guard would hold it to the listener for ever. */
+static __always_inline int sidecar_release(struct bpf_sock_addr *ctx)
+{
+    u32 none = 0;
+
+    if (ctx->sk && steered.sk_storage_get(ctx->sk, 0, 0)) {
+        if (bpf_setsockopt(ctx, SIDECAR_SOL_SOCKET, SIDECAR_SO_MARK, &none, sizeof(none)))
+            return 0;
+        steered.sk_storage_delete(ctx->sk);
+    }
+    return 1;
+}
+
+/* The kernel takes a wildcard destination for the socket's own address or for
+ * loopback, after this hook; conntrack, and a rule, will see that address. */
+static __always_inline u32 sidecar_own4(struct bpf_sock_addr *ctx)
+{
+    u32 own = ctx->sk ? ctx->sk->src_ip4 : 0;
+
+    return own ? own : bpf_htonl(0x7f000001);
+}
+
 static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sidecar_origin *origin)
 {
     struct sidecar_config *cfg = sidecar_config();
@@ -13,10 +37,10 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
 
     if (!cfg)
         return 1;
-    if (ctx->type != SIDECAR_SOCK_STREAM || !ports.lookup(&port) || sidecar_excluded(&origin->original))
+    if (ctx->type != SIDECAR_SOCK_STREAM)
         return 1;
-    if (sidecar_not_ours(cfg->instance))
-        return 1;
+    if (!ports.lookup(&port) || sidecar_excluded(&origin->original) || sidecar_not_ours(cfg->instance))
+        return sidecar_release(ctx);
 
     sidecar_who(origin);
     origin->cookie = bpf_get_socket_cookie(ctx);
@@ -37,7 +61,7 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
     if (!beat || origin->ktime_ns > *beat + cfg->heartbeat_timeout_ns) {
         if (cfg->flags & SIDECAR_FAIL_OPEN) {
             sidecar_tell(SIDECAR_EVENT_FAIL_OPEN, 0, origin);
-            return 1;
+            return sidecar_release(ctx);
         }
         sidecar_tell(SIDECAR_EVENT_STALE, 1, origin);
         return 0;
@@ -75,8 +99,11 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
 int sidecar_connect4(struct bpf_sock_addr *ctx)
 {
     struct sidecar_origin origin = {};
+    u32 address = ctx->user_ip4;
 
-    sidecar_set4(origin.original.bytes, ctx->user_ip4);
+    if (!address)
+        address = sidecar_own4(ctx);
+    sidecar_set4(origin.original.bytes, address);
     origin.original.port = bpf_ntohs((u16)ctx->user_port);
     origin.original.family = SIDECAR_AF_INET;
     return sidecar_connect(ctx, &origin);
@@ -91,6 +118,15 @@ int sidecar_connect6(struct bpf_sock_addr *ctx)
     words[1] = ctx->user_ip6[1];
     words[2] = ctx->user_ip6[2];
     words[3] = ctx->user_ip6[3];
+    if (!words[0] && !words[1] && !words[3]) {
+        if (words[2] == bpf_htonl(0xffff))
+            words[3] = sidecar_own4(ctx);
+        else if (!words[2] && ctx->sk && ctx->sk->src_ip6[2] == bpf_htonl(0xffff)) {
+            words[2] = bpf_htonl(0xffff);
+            words[3] = bpf_htonl(0x7f000001);
+        } else if (!words[2])
+            words[3] = bpf_htonl(1);
+    }
     __builtin_memcpy(origin.original.bytes, words, 16);
     origin.original.port = bpf_ntohs((u16)ctx->user_port);
     origin.original.family = SIDECAR_AF_INET6;

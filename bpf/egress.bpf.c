@@ -18,6 +18,27 @@ static __always_inline int sidecar_is_listener(struct sidecar_flow_key *key, u32
     return head == 0 && key->destination[4] == 0 && key->destination[8] == 0 && tail == bpf_htonl(1);
 }
 
+/* As sidecar_not_ours, by the socket: a packet may leave from a softirq, where
+ * the current task is anybody. */
+static __always_inline int sidecar_socket_not_ours(struct __sk_buff *skb, u64 instance)
+{
+    struct sidecar_owner *owner;
+    u64 id;
+
+#pragma unroll
+    for (int level = 1; level <= SIDECAR_CGROUP_LEVELS; level++) {
+        id = bpf_skb_ancestor_cgroup_id(skb, level);
+        if (!id)
+            return 0;
+        owner = owners.lookup(&id);
+        if (!owner)
+            continue;
+        if (owner->role == SIDECAR_ROLE_INSPECTOR || owner->instance != instance)
+            return 1;
+    }
+    return 0;
+}
+
 int sidecar_egress(struct __sk_buff *skb)
 {
     struct sidecar_config *cfg = sidecar_config();
@@ -71,10 +92,11 @@ int sidecar_egress(struct __sk_buff *skb)
         __builtin_memcpy(quic.original.bytes, key.destination, 16);
         quic.original.port = key.destination_port;
         quic.original.family = (first >> 4) == 4 ? SIDECAR_AF_INET : SIDECAR_AF_INET6;
-        if (sidecar_excluded(&quic.original))
+        if (sidecar_excluded(&quic.original) || sidecar_socket_not_ours(skb, cfg->instance))
             return 1;
         quic.ktime_ns = bpf_ktime_get_ns();
         quic.cookie = bpf_get_socket_cookie(skb);
+        quic.cgroup_id = bpf_skb_cgroup_id(skb);
         sidecar_tell(SIDECAR_EVENT_QUIC, 1, &quic);
         return 0;
     }

@@ -26,6 +26,8 @@ BPF_F_TABLE("lpm_trie", struct sidecar_prefix6, u8, exclude6, 1024, 1);
 BPF_SK_STORAGE(steered, struct sidecar_origin);
 BPF_HASH(flows, struct sidecar_flow_key, struct sidecar_origin, 65536);
 BPF_RINGBUF_OUTPUT(events, 64);
+/* Events that found the ring full. */
+BPF_ARRAY(lost, u64, 1);
 /* Of all instances of this host: who owns a cgroup. Pinned, root only. */
 BPF_TABLE_PINNED("hash", u64, struct sidecar_owner, owners, 4096, SIDECAR_OWNERS_PIN);
 
@@ -75,11 +77,17 @@ static __always_inline void sidecar_who(struct sidecar_origin *origin)
 static __always_inline void sidecar_tell(u32 reason, u32 refused, struct sidecar_origin *origin)
 {
     struct sidecar_event event = {};
+    int zero = 0;
+    u64 *count;
 
     event.reason = reason;
     event.refused = refused;
     event.origin = *origin;
-    events.ringbuf_output(&event, sizeof(event), 0);
+    if (!events.ringbuf_output(&event, sizeof(event), 0))
+        return;
+    count = lost.lookup(&zero);
+    if (count)
+        __sync_fetch_and_add(count, 1);
 }
 
 static __always_inline void sidecar_set4(u8 *bytes, u32 address_be)
