@@ -28,15 +28,17 @@ STATISTICS = frozenset(
 """Columns of the planner's statistics that show values of other tables."""
 
 SNAPSHOT_QUERY = b"""
-SELECT 'c', c.oid::text, n.nspname::text, c.relname::text, a.attnum::text, a.attname::text
+SELECT 'c', c.oid::pg_catalog.text, n.nspname::pg_catalog.text, c.relname::pg_catalog.text,
+       a.attnum::pg_catalog.text, a.attname::pg_catalog.text
   FROM pg_catalog.pg_attribute a
   JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) a.attrelid
   JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
  WHERE a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped
    AND c.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
-   AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r','v','m','f','p']::pg_catalog."char"[])
+   AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r','v','m','f','p','S','t']::pg_catalog."char"[])
 UNION ALL
-SELECT 'v', r.ev_class::text, d.refobjid::text, d.refobjsubid::text, '', ''
+SELECT 'v', r.ev_class::pg_catalog.text, d.refobjid::pg_catalog.text,
+       d.refobjsubid::pg_catalog.text, '', ''
   FROM pg_catalog.pg_depend d
   JOIN pg_catalog.pg_rewrite r ON r.oid OPERATOR(pg_catalog.=) d.objid
  WHERE d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass
@@ -44,7 +46,7 @@ SELECT 'v', r.ev_class::text, d.refobjid::text, d.refobjsubid::text, '', ''
    AND r.ev_class OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
    AND r.ev_class OPERATOR(pg_catalog.<>) d.refobjid
 UNION ALL
-SELECT 'i', i.inhrelid::text, i.inhparent::text, '', '', '' FROM pg_catalog.pg_inherits i
+SELECT 'i', i.inhrelid::pg_catalog.text, i.inhparent::pg_catalog.text, '', '', '' FROM pg_catalog.pg_inherits i
 """
 
 
@@ -53,6 +55,8 @@ class Catalog:
 
     def __init__(self) -> None:
         self.known = False
+        self.version = 0
+        """Counts snapshots."""
         self._columns: dict[tuple[int, int], tuple[str, str, str]] = {}
         self._relations: set[int] = set()
         self._view_sources: dict[int, set[tuple[int, int]]] = {}
@@ -62,8 +66,9 @@ class Catalog:
 
     def load(self, rows: list[list[bytes | None]]) -> None:
         """Replace all facts by a snapshot's rows."""
+        version = self.version
         self.__init__()  # type: ignore[misc]
-        self.known = True
+        self.known, self.version = True, version + 1
         for values in rows:
             kind, first, second, third, fourth, fifth = (
                 (value or b"").decode("utf-8", "replace") for value in values
@@ -79,8 +84,11 @@ class Catalog:
     def is_known(self, oid: int) -> bool:
         return oid < FIRST_USER_OID or oid in self._relations
 
-    def mask(self, plan: MaskPlan, column: Column, *, derived_reached: bool) -> ValueMask | None:
-        """What to do with one result column."""
+    def mask(
+        self, plan: MaskPlan, column: Column, *, derived_reached: bool, trusted: bool = True
+    ) -> ValueMask | None:
+        """What to do with one result column. `trusted` False: definitions may have changed since the snapshot, so that a view,
+        which keeps its OID when it is replaced, may show anything."""
         if column.table_oid == 0:
             by_label = plan.column(None, None, column.name)
             if by_label is not None:
@@ -100,6 +108,8 @@ class Catalog:
             if not self.is_known(column.table_oid) or key not in self._columns:
                 return plan.column(None, None, column.name) or plan.derived()
             self._masks[key] = self._resolve(plan, key, frozenset())
+        if not trusted and column.table_oid in self._view_sources:
+            return self._masks[key] or plan.derived()
         return self._masks[key]
 
     def _resolve(self, plan: MaskPlan, key: tuple[int, int], seen: frozenset[int]) -> ValueMask | None:

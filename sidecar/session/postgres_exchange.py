@@ -1,17 +1,37 @@
-"""What a PostgreSQL session remembers of statements, portals and of answers that are still to come."""
+"""What a PostgreSQL session remembers: statements and portals by name, and answers that are still to come.
+
+A name's newest version is not yet the server's: a Parse may fail, or be skipped after an earlier error, and then the old statement
+lives on under the name. Versions therefore form a chain until the server has answered. Within one segment (up to a Sync) only the
+newest counts, because the server skips the rest of a segment after any failure; in a later one, every version that may be the
+server's is judged, and the strictest verdict holds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sidecar.codecs.postgres.messages import Bind, Column
 from sidecar.model.record import ColumnPart, OperationPart, Record, ResponsePart, TimingPart, VerdictPart
 from sidecar.model.verdict import MaskPlan, ValueMask, Verdict
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class RowPlan:
+    """How the rows of one description are treated. A list of masks is as long as the columns; None: no column is masked."""
+
+    columns: tuple[Column, ...]
+    catalog: int
+    """The catalog's version it was made with."""
+    masks: list[ValueMask | None] | None
+    record_masks: list[ValueMask | None] | None
+    parts: tuple[ColumnPart, ...]
+    plain: bool
+    """Rows pass as they are, and are recorded as they are."""
+
+
+@dataclass(slots=True, eq=False)
 class Decision:
     """A text's verdict, with the parts of its record made ready. One per text and policy revision."""
 
@@ -22,66 +42,141 @@ class Decision:
     passes: bool
     denial: tuple[str, str, str] | None = None
     """(SQLSTATE, message, rule) where it is refused."""
+    plan: MaskPlan | None = None
+    """For the client; None where it masks nothing of PostgreSQL's."""
+    record_plan: MaskPlan | None = None
+    reached: bool = False
+    """Masked columns may reach derived ones."""
+    rows: bool = True
+    """May return rows."""
+    ddl: bool = False
+    steady: bool = True
+    """Cannot change how later texts are read (settings, transactions, functions)."""
+    ambiguous: bool = False
+    """Read differently under other settings: judged only where these are certain."""
+    resets: bool = False
+    """RESET ALL or DISCARD ALL: our setting has to be set again."""
+    row_plans: dict[bytes, RowPlan] = field(default_factory=dict)
+
+    @property
+    def masks_columns(self) -> bool:
+        return bool(
+            (self.plan is not None and self.plan.has_columns)
+            or (self.record_plan is not None and self.record_plan.has_columns)
+        )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Prepared:
-    """`columns` once the server has described it; `raw` is the text as the client sent it."""
+    """`raw` is the text as the client sent it; None: made where we could not look (SQL PREPARE). `closed`: a Close was sent."""
 
-    raw: bytes
+    raw: bytes | None
+    segment: int = 0
+    closed: bool = False
+    confirmed: bool = False
+    older: Prepared | None = None
     columns: tuple[Column, ...] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Portal:
-    prepared: Prepared
-    bind: Bind
+    statements: tuple[Prepared, ...]
+    bind: Bind | None
+    segment: int = 0
+    closed: bool = False
+    confirmed: bool = False
+    older: Portal | None = None
+    order: int = 0
     columns: tuple[Column, ...] | None = None
+    description: bytes = b""
     described: bool = False
     """A Describe of it is on its way, so that its columns will be known before its rows."""
 
 
+Version = TypeVar("Version", Prepared, Portal)
+
+
+def candidates(newest: Version | None, segment: int) -> list[Version]:
+    """Every version that may be the server's when a message of `segment` reaches it; newest first."""
+    found: list[Version] = []
+    version = newest
+    while version is not None:
+        if not version.closed:
+            found.append(version)
+        if version.confirmed or version.segment == segment:
+            break
+        version = version.older
+    return found
+
+
+def confirm(table: dict[bytes, Version], name: bytes, version: Version) -> None:
+    """The server did it: nothing older is left."""
+    version.confirmed, version.older = True, None
+    if version.closed and table.get(name) is version:
+        del table[name]
+
+
+def discard(table: dict[bytes, Version], name: bytes, version: Version) -> None:
+    """The server did not do it: what was there before lives on."""
+    newest = table.get(name)
+    if newest is version:
+        if version.older is not None:
+            table[name] = version.older
+        else:
+            del table[name]
+        return
+    while newest is not None:
+        if newest.older is version:
+            newest.older = version.older
+            return
+        newest = newest.older
+
+
 class Exchange:
-    """One message of the client's whose answer is awaited. `kind` is its type byte.
+    """One message of the client's whose answer is awaited. `kind` is its type byte (`d`: a run of copy data, never answered).
 
     `hidden`: the answer is ours and the client does not see it. `rewrite`: the server will refuse what stands in for the client's
-    message, and this is what the client sees instead.
+    message, and this is what the client sees instead. `version` is what a Parse, Bind or Close made under `name`.
     """
 
     __slots__ = (
         "bytes",
-        "columns",
-        "detect",
+        "decision",
         "digest",
+        "ended",
         "error",
         "held_ns",
         "hidden",
         "kind",
-        "masks",
-        "plan",
+        "name",
+        "order",
         "portal",
         "prepared",
         "record_id",
         "rewrite",
+        "row_plan",
         "rows",
         "sample",
         "sample_bytes",
         "started_ns",
         "status",
+        "version",
     )  # fmt: skip
 
-    def __init__(self, kind: str, started_ns: int) -> None:
+    def __init__(self, kind: str, started_ns: int, order: int) -> None:
         self.kind = kind
         self.started_ns = started_ns
+        self.order = order
         self.hidden = False
+        self.ended = False
         self.rewrite: bytes | None = None
         self.record_id: str | None = None
-        self.plan: MaskPlan | None = None
+        self.decision: Decision | None = None
+        self.name = b""
+        self.version: Prepared | Portal | None = None
         self.prepared: Prepared | None = None
         self.portal: Portal | None = None
-        self.columns: tuple[Column, ...] | None = None
-        self.masks: list[ValueMask | None] | None = None
-        self.detect = False
+        self.row_plan: RowPlan | None = None
         self.rows = 0
         self.bytes = 0
         self.sample: list[tuple[str | bytes | None, ...]] = []
@@ -95,18 +190,12 @@ class Exchange:
         """Bytes of the answer as the client gets them."""
         self.bytes += len(data)
         if self.digest is None:
-            self.digest = hashlib.sha256()
-        self.digest.update(data)
+            self.digest = hashlib.sha256(data)
+        else:
+            self.digest.update(data)
 
 
-def response_record(exchange: Exchange, record_id: str, flow: str, now_ns: int, *, max_rows: int) -> Record:
-    masks = exchange.masks
-    columns: tuple[ColumnPart, ...] = ()
-    if exchange.columns:
-        columns = tuple(
-            ColumnPart(column.name, column.type_oid, mask.rule if masks and (mask := masks[index]) else None)
-            for index, column in enumerate(exchange.columns)
-        )
+def response_record(exchange: Exchange, record_id: str, flow: str, now_ns: int) -> Record:
     return Record(
         id=record_id,
         ts_ns=now_ns,
@@ -117,7 +206,7 @@ def response_record(exchange: Exchange, record_id: str, flow: str, now_ns: int, 
             status=exchange.status,
             rows=exchange.rows,
             bytes=exchange.bytes,
-            columns=columns,
+            columns=exchange.row_plan.parts if exchange.row_plan is not None else (),
             sample=tuple(exchange.sample),
             truncated=exchange.rows > len(exchange.sample),
             digest=exchange.digest.hexdigest() if exchange.digest else None,

@@ -1,0 +1,338 @@
+"""From a statement's bytes to a decision, as the server would read them; and to the form in which records show them. No I/O.
+
+What the server reads depends on two settings: `client_encoding` (in some, a backslash is the second half of a character) and
+`standard_conforming_strings`. Where they are uncertain, or where the grammar at hand cannot follow them, a text that would be read
+differently is refused: it cannot be judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from sidecar.model.operation import SqlOperation
+from sidecar.model.record import OperationPart, Record
+from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
+from sidecar.policy import masks
+from sidecar.session.context import SessionContext, denial_message, verdict_part
+from sidecar.session.postgres_exchange import Decision, Prepared
+
+DECISIONS_MAX: Final = 4096
+DECISION_TEXT_MAX_BYTES: Final = 16_384
+"""Longer texts are judged each time by the engine, which has a cache of its own."""
+ATTACH_RULE: Final = "identity.attach"
+
+_AMBIGUOUS: Final = re.compile(rb"\\'|[\x80-\xff]\\")
+_LITERAL: Final = re.compile(r"'(?:[^']|'')*'?|\$(\w*)\$.*?(?:\$\1\$|$)|\d+", re.DOTALL)
+_NO_ROWS: Final = frozenset(
+    {"BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "SET", "DISCARD", "DEALLOCATE", "PREPARE",
+     "DECLARE", "CLOSE", "LISTEN", "UNLISTEN", "NOTIFY", "LOCK", "DROP", "ALTER", "CREATE", "COMMENT", "GRANT",
+     "REVOKE", "TRUNCATE", "DO", "PREPARE TRANSACTION"}
+)  # fmt: skip
+_ELSEWHERE: Final = frozenset({"EXECUTE", "FETCH"})
+"""Return rows of a statement whose text was seen earlier, or by nobody."""
+_OPAQUE_TEXT: Final = b"DO $$ a statement that was made out of sight $$"
+_CODECS: Final = {
+    "UTF8": "utf-8", "SQL_ASCII": "utf-8", "LATIN1": "latin-1", "LATIN2": "iso8859-2", "LATIN9": "iso8859-15",
+    "WIN1250": "cp1250", "WIN1251": "cp1251", "WIN1252": "cp1252", "KOI8R": "koi8-r", "EUC_JP": "euc_jp",
+    "EUC_KR": "euc_kr", "EUC_CN": "gb2312", "SJIS": "cp932", "SHIFT_JIS_2004": "shift_jis_2004",
+    "BIG5": "cp950", "GBK": "gbk", "GB18030": "gb18030", "UHC": "cp949", "JOHAB": "johab",
+}  # fmt: skip
+_TRAILING_ASCII: Final = frozenset({"SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "GB18030", "UHC", "JOHAB"})
+"""Encodings of clients in which the second byte of a character may be an ASCII one."""
+
+
+class Judge:
+    """One connection's: database, user and settings are parts of what is judged."""
+
+    def __init__(self, context: SessionContext) -> None:
+        self.context = context
+        self.facts = context.facts
+        self.engine: Engine = context.engine
+        self.database: str | None = None
+        self.user: str | None = None
+        self.replication = False
+        self.target: Any = None
+        self.strings = True
+        self.encoding = "UTF8"
+        self._decisions: dict[bytes, Decision] = {}
+        self._column_masks: bool | None = None
+
+    def changed(self, engine: Engine) -> None:
+        self.engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        self._decisions.clear()
+        self._column_masks = None
+
+    def parameter(self, name: bytes, value: bytes) -> None:
+        """A ParameterStatus."""
+        if name == b"standard_conforming_strings":
+            self.strings = value == b"on"
+            self._decisions.clear()
+        elif name == b"client_encoding":
+            self.encoding = value.decode("ascii", "replace")
+            self._decisions.clear()
+
+    @property
+    def wants_catalog(self) -> bool:
+        """Whether any statement of this connection could have masked columns."""
+        if self._column_masks is None:
+            plans = [
+                self.engine.column_masks(self.facts, self.database, self.user, observing=observing)
+                for observing in (False, True)
+            ]
+            self._column_masks = any(plan.has_columns for plan in plans)
+        return self._column_masks
+
+    # -- deciding
+
+    def decide(self, raw: bytes, *, certain: bool = True) -> Decision:
+        """`certain` False: an earlier message, not answered yet, may change the settings that texts are read with."""
+        decision = self._decisions.get(raw)
+        if decision is None:
+            decision = self._build(raw)
+            if len(raw) <= DECISION_TEXT_MAX_BYTES:
+                if len(self._decisions) >= DECISIONS_MAX:
+                    self._decisions.clear()
+                self._decisions[raw] = decision
+        if decision.ambiguous and not certain and decision.denial is None:
+            return self._unjudged(
+                raw, decision.text, decision.verdict, "an earlier message may change how its strings are read"
+            )
+        return decision
+
+    def opaque(self) -> Decision:
+        """On a statement whose text nobody saw: selectors of the text are unknown."""
+        found = self.decide(_OPAQUE_TEXT)
+        return dataclasses.replace(
+            self._elsewhere(found), rows=True, operation=OperationPart(kind="query"), row_plans={}
+        )
+
+    def strictest(self, statements: Sequence[Prepared]) -> Decision:
+        """A refusal before a hold before what passes; of several that pass, the masks of all."""
+        found = [self.decide(item.raw) if item.raw is not None else self.opaque() for item in statements] or [
+            self.opaque()
+        ]
+        if len(found) == 1:
+            return found[0]
+        for decision in found:
+            if decision.denial is not None:
+                return decision
+        for decision in found:
+            if not decision.passes:
+                return decision
+        return dataclasses.replace(
+            found[0],
+            plan=_merged([decision.plan for decision in found]),
+            record_plan=_merged([decision.record_plan for decision in found]),
+            reached=True,
+            rows=True,
+            row_plans={},
+        )
+
+    def _build(self, raw: bytes) -> Decision:
+        text = self._text(raw)
+        if text is None:
+            return self._unjudged(
+                raw, raw.decode("latin-1"), None, f"it is not valid in the client's encoding {self.encoding}"
+            )
+        verdict = self.engine.evaluate(
+            SqlOperation("query", text, self.database, self.user, None, self.strings), self.facts
+        )
+        ambiguous = _AMBIGUOUS.search(raw) is not None
+        if ambiguous and not self.strings and b"\\'" in raw:
+            return self._unjudged(raw, text, verdict, "standard_conforming_strings is off")
+        if verdict.action is Action.INVALID and self.replication:
+            return self._replication_command(text)
+        denial, part = None, verdict_part(verdict)
+        if verdict.action is Action.DENY:
+            denial = ("42501", denial_message(verdict.rule, verdict.reason), verdict.rule or "default")
+        elif verdict.action is Action.INVALID:
+            denial = ("42601", verdict.reason, "")
+        facts = verdict.sql
+        resets = False
+        if facts is not None and facts.settings and denial is None:
+            resets = "*" in facts.settings
+            why = self._reserved(verdict, resets)
+            if why is not None:
+                denial = ("42501", denial_message(ATTACH_RULE, why), ATTACH_RULE)
+                part.action, part.rule, part.reason = "deny", ATTACH_RULE, why
+        kinds = frozenset(verdict.statements)
+        decision = Decision(
+            text=text,
+            verdict=verdict,
+            operation=self._operation(raw, text, verdict),
+            part=part,
+            passes=denial is None and verdict.action is not Action.HOLD,
+            denial=denial,
+            plan=_useful(verdict.masks),
+            record_plan=_useful(verdict.record_masks),
+            reached=facts is None or facts.masked_reach,
+            rows=not kinds <= _NO_ROWS,
+            ddl=facts is not None and facts.may_change_catalog,
+            steady=facts is not None
+            and not facts.settings
+            and not facts.transaction_control
+            and not facts.may_change_catalog
+            and all(item.access != "call" for item in verdict.objects),
+            ambiguous=ambiguous,
+            resets=resets,
+        )
+        return self._elsewhere(decision) if kinds & _ELSEWHERE else decision
+
+    def _text(self, raw: bytes) -> str | None:
+        """As the server will read it; None where it cannot."""
+        codec = _CODECS.get(self.encoding, "utf-8")
+        try:
+            return raw.decode(codec)
+        except UnicodeDecodeError:
+            return None if self.encoding in _TRAILING_ASCII else raw.decode("latin-1")
+
+    def _elsewhere(self, decision: Decision) -> Decision:
+        """Rows of another statement: every column mask that may be in force on this connection is."""
+        plans = [
+            self.engine.column_masks(self.facts, self.database, self.user, observing=observing)
+            for observing in (False, True)
+        ]
+        return dataclasses.replace(
+            decision,
+            plan=_useful(_merged([decision.plan, plans[0]])),
+            record_plan=_useful(_merged([decision.record_plan, plans[1]])),
+            reached=decision.reached or plans[0].has_columns or plans[1].has_columns,
+            row_plans={},
+        )
+
+    def _reserved(self, verdict: Verdict, everything: bool) -> str | None:
+        """Why a statement that sets settings is refused: the one that carries the identity is ours."""
+        attachment = self.facts.attachment
+        reserved = attachment.reserved_setting
+        if not reserved or verdict.sql is None:
+            return None
+        if reserved.lower() in verdict.sql.settings:
+            return f"only the inspector sets {reserved}"
+        computed = any(item.access == "call" and item.name == "set_config" for item in verdict.objects)
+        if attachment.postgres_setting is not None and everything and computed:
+            return f"only the inspector sets {reserved}, and which setting this changes cannot be known"
+        return None
+
+    def _unjudged(self, raw: bytes, text: str, verdict: Verdict | None, why: str) -> Decision:
+        reason = f"the statement cannot be judged: {why}"
+        judged = verdict or self.engine.evaluate(
+            SqlOperation("query", "SELECT 1", self.database, self.user), self.facts
+        )
+        part = verdict_part(judged)
+        part.action, part.rule, part.reason = "deny", None, reason
+        return Decision(
+            text=text,
+            verdict=judged,
+            operation=self._stripped(raw, text),
+            part=part,
+            passes=False,
+            denial=("42501", denial_message(None, reason), "default"),
+        )
+
+    def _replication_command(self, text: str) -> Decision:
+        """The walsender has a grammar of its own: as opaque as a DO block, and never with masks in force."""
+        found = self.opaque()
+        reason = "replication commands hand out rows where they cannot be masked"
+        if not found.masks_columns or found.denial is not None:
+            return dataclasses.replace(
+                found, text=text, operation=OperationPart(kind="replication", text=text), row_plans={}
+            )
+        return self._unjudged(text.encode(), text, found.verdict, reason)
+
+    # -- records
+
+    def request(
+        self, decision: Decision, kind: str, parameters: tuple[Any, ...] | None, record_id: str, now_ns: int
+    ) -> Record:
+        operation = decision.operation
+        if kind != "query" or parameters is not None:
+            operation = msgspec.structs.replace(
+                operation, kind=kind, parameters=self.shown(decision, parameters)
+            )
+        return Record(
+            id=record_id,
+            ts_ns=now_ns,
+            kind="request",
+            flow=self.facts.flow,
+            origin=self.context.origin_summary,
+            principal=self.context.principal_summary,
+            target=self.target,
+            operation=operation,
+            verdict=decision.part,
+        )
+
+    def shown(self, decision: Decision, parameters: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        """Parameters as records and approvers see them."""
+        if not parameters:
+            return parameters
+        facts = decision.verdict.sql
+        limit = self.context.limits.record_text_max_bytes
+        hidden = facts.masked_parameters if facts is not None else ()
+        if not hidden and all(value is None or len(value) <= limit for value in parameters):
+            return parameters
+        return tuple(
+            f"[masked parameter ${index + 1}]"
+            if index in hidden
+            else value
+            if value is None
+            else value[:limit]
+            for index, value in enumerate(parameters)
+        )
+
+    def _operation(self, raw: bytes, text: str, verdict: Verdict) -> OperationPart:
+        """Masked literals and passwords replaced by their place, cut to the limit."""
+        facts = verdict.sql
+        shown = text
+        if facts is not None and (facts.password_spans or facts.masked_literal_spans):
+            encoded = bytearray(text.encode("utf-8", "surrogateescape"))
+            for start, end in sorted({*facts.password_spans, *facts.masked_literal_spans}, reverse=True):
+                encoded[start:end] = f"'[masked at {start}]'".encode()
+            shown = encoded.decode("utf-8", "replace")
+        elif verdict.action is Action.INVALID and (self.wants_catalog or "password" in text.lower()):
+            return self._stripped(raw, text)
+        limit = self.context.limits.record_text_max_bytes
+        cut = len(raw) > limit
+        return OperationPart(
+            kind="query",
+            text=shown[:limit] if cut else shown,
+            text_bytes=len(raw) if cut else None,
+            text_digest=hashlib.sha256(raw).hexdigest() if cut else None,
+            truncated=cut,
+            objects=verdict.objects,
+            statements=verdict.statements,
+        )
+
+    def _stripped(self, raw: bytes, text: str) -> OperationPart:
+        """Without literals, beside the digest: for a text in which what is masked cannot be found by its place."""
+        limit = self.context.limits.record_text_max_bytes
+        if "password" in text.lower():
+            shown = "[not recorded: a text that cannot be parsed and speaks of a password]"
+        else:
+            shown = _LITERAL.sub("?", text)
+        return OperationPart(
+            kind="query",
+            text=shown[:limit],
+            text_bytes=len(raw),
+            text_digest=hashlib.sha256(raw).hexdigest(),
+            truncated=len(shown) > limit,
+        )
+
+
+def _useful(plan: MaskPlan | None) -> MaskPlan | None:
+    return plan if plan is not None and (plan.has_columns or plan.has_detectors) else None
+
+
+def _merged(plans: Sequence[MaskPlan | None]) -> MaskPlan | None:
+    rows = [plan for plan in plans if plan]
+    if len(rows) <= 1:
+        return rows[0] if rows else None
+    return masks.merge([plan for plan in rows if isinstance(plan, masks.Plan)])

@@ -1,0 +1,553 @@
+"""What the server answers: matched to what was asked, masked, counted, recorded. Untouched bytes leave as slices of what came in."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import deque
+from typing import Any, Final
+
+from sidecar.codecs.postgres import messages
+from sidecar.codecs.postgres.messages import Column
+from sidecar.errors import LimitExceeded, ProtocolError
+from sidecar.model.record import ColumnPart, Record, ResponsePart
+from sidecar.model.verdict import MaskPlan, ValueMask
+from sidecar.session.context import SessionContext
+from sidecar.session.postgres_catalog import Catalog
+from sidecar.session.postgres_exchange import (
+    Decision,
+    Exchange,
+    Portal,
+    Prepared,
+    RowPlan,
+    confirm,
+    discard,
+    response_record,
+)
+from sidecar.session.postgres_startup import CLIENT, Opening
+
+DETECT_TYPES: Final = frozenset({18, 19, 25, 114, 142, 705, 1042, 1043, 3802})
+"""Text-like types in which detectors look: char, name, text, json, xml, unknown, bpchar, varchar, jsonb."""
+ROW_PLANS_MAX: Final = 256
+ANSWER_MAX_BYTES: Final = 64 * 1024 * 1024
+"""Of a server message that is no row and no copy data; the largest that exist are notices and function results."""
+NO_COLUMNS: Final = b"\0\0"
+
+_head = struct.Struct("!cI").unpack_from
+
+
+class Results(Opening):
+    def __init__(self, context: SessionContext) -> None:
+        super().__init__(context)
+        self._status = b"I"
+        self._pending: deque[Exchange] = deque()
+        self._statements: dict[bytes, Prepared] = {}
+        self._portals: dict[bytes, Portal] = {}
+        self._skipping = False
+        """The server ignores what the client sends, up to its next Sync: nothing of it is sent."""
+        self._copying = False
+        """The server is in COPY FROM STDIN."""
+        self._copy_out_text = False
+        self._backend_pid = 0
+        self._catalog = Catalog()
+        self._stale = True
+        self._notices: list[bytes] = []
+        self._streamed: Exchange | None = None
+        self._injecting: str | None = None
+
+    # -- what the first ReadyForQuery and injected statements need (see postgres.py)
+
+    def _first_ready(self, whole: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _injected(self, kind: bytes, body: bytes, whole: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _resume_client(self) -> None:
+        raise NotImplementedError
+
+    # -- framing
+
+    def _server_messages(self, data: bytes) -> None:
+        if self._passing_server:
+            data = self._pass_on(data)
+            if not data:
+                return
+        joined = self._server.join(data)
+        if joined is None:
+            return
+        data = joined
+        view = memoryview(data)
+        end = len(data)
+        start = offset = 0
+        while offset + 5 <= end:
+            kind, length = _head(data, offset)
+            if length < 4:
+                raise ProtocolError(f"a server message of length {length}")
+            after = offset + 1 + length
+            if after > end:
+                if self._may_stream(kind):
+                    self._count_partial(kind, view[offset:end])
+                    self._send(CLIENT, view[start:end])
+                    self._passing_server = after - end
+                    self._resume_client()
+                    return
+                self._bound(kind, length)
+                break
+            if kind == b"D" and self._pending and self._plain(self._pending[0]):
+                after = self._plain_rows(self._pending[0], data, view, offset, end)
+                replacement = None
+            else:
+                replacement = self._server_message(kind, data, offset, after, view)
+            if replacement is not None:
+                if start < offset:
+                    self._send(CLIENT, view[start:offset])
+                if replacement:
+                    self._send(CLIENT, replacement)
+                start = after
+            offset = after
+        if start < offset:
+            self._send(CLIENT, view if start == 0 and offset == end else view[start:offset])
+        if offset < end:
+            rest = end - offset
+            need = 5 if rest < 5 else 1 + int.from_bytes(data[offset + 1 : offset + 5])
+            self._server.keep(data[offset:] if offset else data, need)
+        self._resume_client()
+
+    def _pass_on(self, data: bytes) -> bytes:
+        """The rest of a message that streams through; returns what follows it."""
+        take = min(self._passing_server, len(data))
+        self._passing_server -= take
+        part = memoryview(data)[:take]
+        if self._streamed is not None:
+            self._streamed.count(part)
+        self._send(CLIENT, part)
+        if self._passing_server:
+            return b""
+        self._streamed = None
+        for waiting in self._notices:
+            self._send(CLIENT, waiting)
+        self._notices.clear()
+        return data[take:]
+
+    def _bound(self, kind: bytes, length: int) -> None:
+        name = "masked_row_max_bytes" if kind in b"Dd" else "answer_max_bytes"
+        limit = self.limits.masked_row_max_bytes if kind in b"Dd" else ANSWER_MAX_BYTES
+        if length > limit:
+            raise LimitExceeded(
+                f"a server message of {length} bytes that has to be whole", limit=name, value=limit
+            )
+
+    def _may_stream(self, kind: bytes) -> bool:
+        """Whether a large message may go through before it is whole."""
+        if self._phase != "ready" or self._injecting is not None or kind not in b"Dd" or not self._pending:
+            return False
+        current = self._pending[0]
+        if kind == b"d":
+            return not self._detects_copy(current)
+        return self._plain(current)
+
+    def _count_partial(self, kind: bytes, part: Any) -> None:
+        current = self._pending[0]
+        current.rows += 1
+        if current.record_id:
+            self._streamed = current
+            current.count(part)
+
+    def _to_client(self, data: bytes) -> None:
+        """Something of ours for the client, while no server message is being scanned: at a message boundary."""
+        if self._passing_server:
+            self._notices.append(data)
+        else:
+            self._send(CLIENT, data)
+
+    # -- messages
+
+    def _server_message(self, kind: bytes, data: bytes, offset: int, after: int, view: Any) -> bytes | None:
+        """None: pass as it is. Bytes: send these instead (empty: nothing)."""
+        if self._phase != "ready":
+            return self._early(kind, data[offset + 5 : after], data[offset:after])
+        if self._injecting is not None:
+            return self._injected(kind, data[offset + 5 : after], data[offset:after])
+        pending = self._pending
+        while pending and pending[0].kind == "d":
+            pending.popleft()
+        current = pending[0] if pending else None
+        if kind == b"D":
+            if current is None or current.kind not in "QE":
+                raise ProtocolError("a DataRow that nothing asked for")
+            return self._row(current, data, offset, after, view)
+        if kind == b"Z":
+            self._ready(data[offset + 5 : offset + 6])
+            return None
+        if kind in b"NAS":
+            if kind == b"S":
+                self._parameter(data[offset + 5 : after])
+            return None
+        if current is None:
+            return None
+        if kind == b"C":
+            current.status = data[offset + 5 : after - 1].decode("utf-8", "replace")
+            self._copying = False
+            if current.kind == "E":
+                self._finish(pending.popleft())
+            return None
+        if kind == b"T":
+            return self._described(current, data[offset + 5 : after])
+        if kind == b"E":
+            return self._failed(current, messages.parse_fields(data[offset + 5 : after]))
+        if kind in b"Is":
+            current.status = "EMPTY" if kind == b"I" else "SUSPENDED"
+            if current.kind == "E":
+                self._finish(pending.popleft())
+            return None
+        if kind in b"123":
+            self._acknowledged(kind, current)
+            return None
+        if kind == b"n":
+            return self._described(current, NO_COLUMNS) if current.kind == "D" else None
+        if kind in b"GW":
+            self._copy_in(pending)
+            return None
+        if kind == b"H":
+            self._copy_out_text = data[offset + 5] == 0
+            return None
+        if kind == b"d":
+            return self._copy_row(current, data, offset, after, view)
+        return None  # t, c, V and what is not known: byte for byte
+
+    def _acknowledged(self, kind: bytes, current: Exchange) -> None:
+        """ParseComplete, BindComplete, CloseComplete."""
+        if current.kind != {b"1": "P", b"2": "B", b"3": "C"}[kind]:
+            raise ProtocolError(f"the server answers {kind.decode()} to a message of type {current.kind}")
+        if current.rewrite is not None:
+            raise ProtocolError("the server accepted what no server accepts")
+        self._pending.popleft()
+        version = current.version
+        if type(version) is Prepared:
+            confirm(self._statements, current.name, version)
+        elif type(version) is Portal:
+            confirm(self._portals, current.name, version)
+
+    def _early(self, kind: bytes, body: bytes, whole: bytes) -> bytes | None:
+        """Before the client has seen the first ReadyForQuery."""
+        if self._phase == "inject":
+            return self._injected(kind, body, whole)
+        if kind == b"R" and len(body) >= 4:
+            (code,) = struct.unpack_from("!i", body)
+            if code == messages.AUTH_SASL and self._tls == "tls":
+                return messages.message(b"R", messages.strip_channel_binding(body))
+        elif kind == b"K" and len(body) >= 8:
+            (self._backend_pid,) = struct.unpack_from("!i", body)
+        elif kind == b"S":
+            self._parameter(body)
+        elif kind == b"Z":
+            return self._first_ready(whole)
+        elif kind == b"E":
+            self._record(
+                Record(
+                    id=self.context.ids.new(self._now),
+                    ts_ns=self._now,
+                    kind="response",
+                    flow=self.facts.flow,
+                    request=self.facts.flow,
+                    response=ResponsePart(status="ERROR", error=_error_part(messages.parse_fields(body))),
+                )
+            )
+        return None
+
+    def _parameter(self, body: bytes) -> None:
+        name, _, value = body.rstrip(b"\0").partition(b"\0")
+        self.judge.parameter(name, value)
+
+    # -- copying
+
+    def _copy_in(self, pending: deque[Exchange]) -> None:
+        """CopyInResponse: the server ignores a Sync that was sent before the copy's data."""
+        while len(pending) > 1 and pending[1].kind == "S":
+            del pending[1]
+        behind = pending[1] if len(pending) > 1 else None
+        if behind is not None and behind.kind != "d":
+            raise ProtocolError("messages other than copy data follow COPY FROM STDIN")
+        self._copying = behind is None or not behind.ended
+
+    def _detects_copy(self, current: Exchange) -> bool:
+        decision = current.decision
+        if decision is None or not self._copy_out_text:
+            return False
+        return any(plan is not None and plan.has_detectors for plan in (decision.plan, decision.record_plan))
+
+    def _copy_row(self, current: Exchange, data: bytes, offset: int, after: int, view: Any) -> bytes | None:
+        """CopyData of COPY TO STDOUT: one row in each, and no columns to tell apart."""
+        current.rows += 1
+        shown: bytes | None = None
+        if self._detects_copy(current):
+            assert current.decision is not None
+            plan = current.decision.plan
+            body = data[offset + 5 : after]
+            masked = plan.detect_text(body) if plan is not None else body
+            if masked is not body:
+                shown = messages.message(b"d", masked)
+        if current.record_id:
+            current.count(shown if shown is not None else view[offset:after])
+        return shown
+
+    # -- descriptions
+
+    def _described(self, current: Exchange, body: bytes) -> bytes | None:
+        if current.kind == "D":
+            columns = () if body == NO_COLUMNS else messages.parse_row_description(body)
+            if current.portal is not None:
+                current.portal.columns, current.portal.description = columns, body
+            elif current.prepared is not None:
+                current.prepared.columns = columns
+            self._pending.popleft()
+            return b"" if current.hidden else None
+        decision = current.decision
+        if decision is not None:
+            current.row_plan = self._row_plan(decision, body, None)
+        return None
+
+    def _row_plan(self, decision: Decision, body: bytes, columns: tuple[Column, ...] | None) -> RowPlan:
+        found = decision.row_plans.get(body)
+        trusted = not (self._stale and decision.masks_columns)
+        if found is not None and trusted and found.catalog == self._catalog.version:
+            return found
+        if columns is None:
+            columns = messages.parse_row_description(body)
+        plan, record_plan = decision.plan, decision.record_plan
+        masks = self._masks(plan, columns, decision.reached, trusted)
+        record_masks = (
+            masks
+            if record_plan is plan or record_plan == plan
+            else self._masks(record_plan, columns, decision.reached, trusted)
+        )
+        detects = any(item is not None and item.has_detectors for item in (plan, record_plan))
+        parts = tuple(
+            ColumnPart(
+                column.name,
+                column.type_oid,
+                mask.rule if record_masks is not None and (mask := record_masks[index]) else None,
+            )
+            for index, column in enumerate(columns)
+        )
+        found = RowPlan(
+            columns,
+            self._catalog.version,
+            masks,
+            record_masks,
+            parts,
+            plain=masks is None and record_masks is None and not detects,
+        )
+        unknown = any(not self._catalog.is_known(column.table_oid) for column in columns)
+        if unknown and decision.masks_columns:
+            self._stale = True
+        elif trusted:
+            if len(decision.row_plans) >= ROW_PLANS_MAX:
+                decision.row_plans.clear()
+            decision.row_plans[body] = found
+        return found
+
+    def _masks(
+        self, plan: MaskPlan | None, columns: tuple[Column, ...], reached: bool, trusted: bool
+    ) -> list[ValueMask | None] | None:
+        if plan is None or not plan.has_columns:
+            return None
+        found = [
+            self._catalog.mask(plan, column, derived_reached=reached, trusted=trusted) for column in columns
+        ]
+        return found if any(mask is not None for mask in found) else None
+
+    def _row_plan_of_portal(self, current: Exchange) -> RowPlan | None:
+        """An Execute's description came earlier, with a Describe."""
+        portal, decision = current.portal, current.decision
+        if portal is None or decision is None:
+            return None
+        if portal.columns is not None:
+            return self._row_plan(decision, portal.description, portal.columns)
+        if decision.masks_columns:
+            return None
+        for statement in portal.statements:
+            if statement.columns is not None and len(portal.statements) == 1:
+                body = b"statement" + repr(statement.columns).encode()
+                return self._row_plan(decision, body, statement.columns)
+        return None
+
+    # -- rows
+
+    def _plain(self, current: Exchange) -> bool:
+        """Whether the rows of this answer pass as they are."""
+        if current.kind not in "QE" or current.decision is None:
+            return False
+        row_plan = current.row_plan
+        if row_plan is not None:
+            return row_plan.plain
+        if current.kind == "E":
+            current.row_plan = row_plan = self._row_plan_of_portal(current)
+            if row_plan is not None:
+                return row_plan.plain
+        return current.decision.plan is None and current.decision.record_plan is None
+
+    def _plain_rows(self, current: Exchange, data: bytes, view: Any, offset: int, end: int) -> int:
+        """A run of rows at once: returns where it ends."""
+        begin = offset
+        limits = self.limits
+        while offset + 5 <= end and data[offset] == 0x44:  # D
+            after = offset + 1 + int.from_bytes(data[offset + 1 : offset + 5])
+            if after > end or after < offset + 5:
+                break
+            if (
+                current.rows < limits.response_max_rows
+                and current.sample_bytes < limits.response_max_bytes
+                and current.record_id
+            ):
+                self._sample(current, messages.parse_row(view[offset + 5 : after]))
+            current.rows += 1
+            offset = after
+        current.bytes += offset - begin
+        if current.digest is None:
+            current.digest = hashlib.sha256(view[begin:offset])
+        else:
+            current.digest.update(view[begin:offset])
+        return offset
+
+    def _row(self, current: Exchange, data: bytes, offset: int, after: int, view: Any) -> bytes | None:
+        """A row to which masks or detectors may apply."""
+        row_plan, decision = current.row_plan, current.decision
+        if row_plan is None or decision is None:
+            raise ProtocolError("rows without a description, while masks are in force")
+        values = messages.parse_row(view[offset + 5 : after])
+        masked = self._mask(current, row_plan, decision.plan, row_plan.masks, values)
+        recorded = masked
+        if row_plan.record_masks is not row_plan.masks or decision.record_plan is not decision.plan:
+            recorded = self._mask(current, row_plan, decision.record_plan, row_plan.record_masks, values)
+        shown = data[offset:after] if masked is values else messages.row(masked)
+        current.rows += 1
+        current.count(shown)
+        if (
+            current.rows <= self.limits.response_max_rows
+            and current.sample_bytes < self.limits.response_max_bytes
+        ):
+            self._sample(current, recorded)
+        return None if masked is values else shown
+
+    def _mask(
+        self,
+        current: Exchange,
+        row_plan: RowPlan,
+        plan: MaskPlan | None,
+        masks: list[ValueMask | None] | None,
+        values: list[bytes | None],
+    ) -> list[bytes | None]:
+        """`values` itself where nothing applies."""
+        columns = row_plan.columns
+        if len(columns) != len(values):
+            raise ProtocolError("a row has other columns than were described")
+        detect = plan is not None and plan.has_detectors
+        if masks is None and not detect:
+            return values
+        bind = current.portal.bind if current.portal is not None else None
+        found = list(values)
+        for index, value in enumerate(values):
+            if value is None:
+                continue
+            column = columns[index]
+            form = bind.format_of(index) if bind is not None else column.format
+            mask = masks[index] if masks is not None else None
+            if mask is not None:
+                found[index] = None if form else mask.apply_text(value, column.type_oid)
+            elif detect and not form and column.type_oid in DETECT_TYPES:
+                assert plan is not None
+                found[index] = plan.detect_text(value)
+        return found
+
+    def _sample(self, current: Exchange, values: list[bytes | None]) -> None:
+        shown: list[str | bytes | None] = []
+        room = self.limits.response_max_bytes - current.sample_bytes
+        for value in values:
+            if value is None:
+                shown.append(None)
+                continue
+            part = value[: max(room, 0)]
+            room -= len(part)
+            current.sample_bytes += len(part)
+            try:
+                shown.append(part.decode())
+            except UnicodeDecodeError:
+                shown.append(part)
+        current.sample.append(tuple(shown))
+
+    # -- ends
+
+    def _failed(self, current: Exchange, values: dict[str, str]) -> bytes | None:
+        """ErrorResponse: for a simple query the answer goes on to ReadyForQuery; an extended one skips to Sync."""
+        self._copying = False
+        shown = current.rewrite
+        if shown is not None:
+            current.rewrite = b""
+        else:
+            current.error = _error_part(values)
+        if current.kind in "QFS":
+            return shown
+        self._skip_to_sync()
+        return shown
+
+    def _skip_to_sync(self) -> None:
+        """The server ignores all that was sent after the failure, simple queries too, up to the next Sync."""
+        pending = self._pending
+        while pending and pending[0].kind != "S":
+            skipped = pending.popleft()
+            version = skipped.version
+            if type(version) is Prepared:
+                discard(self._statements, skipped.name, version)
+            elif type(version) is Portal:
+                discard(self._portals, skipped.name, version)
+            if skipped.record_id:
+                skipped.error = skipped.error or {
+                    "message": "skipped by the server after an earlier error in the pipeline"
+                }
+                self._finish(skipped)
+        if not pending:
+            self._skipping = True
+
+    def _ready(self, status: bytes) -> None:
+        self._status = status
+        pending = self._pending
+        order = 0
+        if pending:
+            current = pending[0]
+            if current.kind not in "QFS":
+                raise ProtocolError(
+                    f"the server is ready before it has answered a message of type {current.kind}"
+                )
+            order = current.order
+            pending.popleft()
+            self._finish(current)
+        if status == b"I" and self._portals:
+            if not pending:
+                self._portals.clear()
+            else:
+                self._portals = {
+                    name: portal for name, portal in self._portals.items() if portal.order > order
+                }
+
+    def _finish(self, exchange: Exchange) -> None:
+        if exchange.record_id:
+            self._record(
+                response_record(exchange, self.context.ids.new(self._now), self.facts.flow, self._now)
+            )
+
+    def _before_close(self) -> None:
+        for exchange in self._pending:
+            if exchange.record_id:
+                exchange.error = exchange.error or {"message": "the connection ended before the answer"}
+                self._finish(exchange)
+        self._pending.clear()
+
+
+def _error_part(values: dict[str, str]) -> dict[str, str]:
+    return {
+        "severity": values.get("V", values.get("S", "")),
+        "sqlstate": values.get("C", ""),
+        "message": values.get("M", ""),
+    }
