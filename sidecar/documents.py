@@ -117,13 +117,29 @@ class _Reader:
             loader.dispose()
 
 
+def _check_events(text: str, file: str) -> None:
+    """Bounds before anything is built: the scanner's time grows with the square of the depth."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else None
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigurationError(
+                "aliases (*name) are not used here; write the value out", file=file, line=line
+            )
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise ConfigurationError("the document is nested too deeply", file=file, line=line)
+
+
 def read_document(text: str, file: str) -> tuple[Any, Lines]:
     """Plain data and the line (from 1) of each path. Raises ConfigurationError."""
     if len(text) > MAX_DOCUMENT_BYTES:
         raise ConfigurationError(f"the document is larger than {MAX_DOCUMENT_BYTES} bytes", file=file)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigurationError("aliases (*name) are not used here; write the value out", file=file)
+        _check_events(text, file)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
