@@ -7,12 +7,17 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from sidecar.errors import SidecarError
-from sidecar.kernel import cgroups, loader, maps, nft, steering
+from sidecar.kernel import cgroups, loader, maps, nft, run_state, steering
 
 MINIMUM_KERNEL = (5, 14)
 """Network namespace cookies in sock_addr hooks and as a socket option."""
+
+PROBE_MARK: Final = 0x51DF0000
+PROBE_PORT: Final = 1
+"""What the doctor's table names for a moment: a mark that nobody sets (see steering.MARK_BASE) and a port that nobody serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +51,24 @@ def _cgroup2() -> Check:
 
 def _hooks() -> Check:
     try:
-        with steering.host_lock():
-            steering.mount_bpf()
-            descriptors = loader.load(steering.OWNERS_PIN)
+        with run_state.host_lock():
+            run_state.mount_bpf()
+            descriptors = loader.load(run_state.OWNERS_PIN)
     except SidecarError as error:
         return Check("bpf hooks", False, error.message, error.hint or "")
     for descriptor in descriptors.values():
         os.close(descriptor)
-    steering._unmount_if_unused()
+    run_state.unmount_if_unused()
     return Check("bpf hooks", True, f"{len(maps.ATTACH_TYPES)} programs accepted by the verifier")
 
 
 def _nftables() -> Check:
+    table = nft.Table(os.urandom(4).hex(), PROBE_MARK, PROBE_PORT)
     try:
-        table = nft.Table("doctor00", 1, 1)
-        table.apply()
-        table.delete()
+        try:
+            table.apply()
+        finally:
+            table.delete()
     except (SidecarError, OSError) as error:
         return Check("nftables", False, str(error), "the kernel needs nf_tables with NAT for the inet family")
     return Check("nftables", True, "redirect, conntrack status and reject are accepted")
@@ -77,7 +84,7 @@ def probe() -> list[Check]:
             "BTF",
             Path("/sys/kernel/btf/vmlinux").is_file(),
             "/sys/kernel/btf/vmlinux",
-            "CONFIG_DEBUG_INFO_BTF",
+            "a kernel with CONFIG_DEBUG_INFO_BTF; the distribution's have it",
         ),
         Check(
             "bcc",

@@ -22,7 +22,18 @@ from sidecar.errors import PrerequisiteError, SteeringError
 from sidecar.kernel.maps import ATTACH_TYPES
 
 HOOKS: Final = ("connect", "egress", "sendmsg", "bind")
-MAPS: Final = ("config", "heartbeat", "ports", "exclude4", "exclude6", "steered", "flows", "events", "lost", "owners")
+MAPS: Final = (
+    "config",
+    "heartbeat",
+    "ports",
+    "exclude4",
+    "exclude6",
+    "steered",
+    "flows",
+    "events",
+    "lost",
+    "owners",
+)
 TIMEOUT_S: Final = 120.0
 """A virtual machine under emulation takes 16 s."""
 

@@ -1,7 +1,9 @@
 """The redirect and the listener's protection in nftables: the only module that imports pyroute2.
 
 A pure builder (`table_plan`) says what the table holds; `apply` writes it in one batch and reads the kernel's state back,
-because the batch's acknowledgements are not read (pyroute2 0.9.7); `differences` compares again at every heartbeat.
+because the batch's acknowledgements are not read (pyroute2 0.9.7): order, operands and hooks must be what was asked for.
+`differences` compares again at every heartbeat, where the namespace's generation number says that anybody's table changed
+(one message of 20 bytes; nothing is dumped on a quiet host, however large its own tables are).
 
     table inet sidecar_<instance> {
         chain steer   { type nat hook output priority -110;
@@ -14,6 +16,7 @@ because the batch's acknowledgements are not read (pyroute2 0.9.7); `differences
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +42,14 @@ META_L4PROTO: Final = 16
 TRANSPORT_HEADER: Final = 2
 CT_STATUS: Final = 2
 REJECT_TCP_RST: Final = 1
+NF_ACCEPT: Final = 1
+HOOK_NUMBERS: Final = {"input": 1, "output": 3}
+
+NETLINK_NETFILTER: Final = 12
+NFT_MSG_NEWGEN: Final = (10 << 8) | 15  # NFNL_SUBSYS_NFTABLES
+NFT_MSG_GETGEN: Final = (10 << 8) | 16
+NFTA_GEN_ID: Final = 1
+_REPLY_TIMEOUT_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +110,7 @@ def table_plan(mark: int, port: int) -> tuple[ChainPlan, ...]:
             },
         ),
         _equals(b"\0\0\0\0", op=1),
-        _verdict(1),  # NF_ACCEPT
+        _verdict(NF_ACCEPT),
     )
     reject = (*to_listener, genex("reject", {"type": REJECT_TCP_RST, "icmp_code": 0}))
     return (
@@ -117,12 +128,43 @@ def _value_of(node: Any) -> Any:
     return node if isinstance(node, int) else str(node)
 
 
-def expression_names(expressions: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(dict(expression["attrs"])["NFTA_EXPR_NAME"] for expression in expressions)
-
-
 def _read_rule(message: Any) -> tuple[Any, ...]:
     return tuple(_value_of(expression) for expression in message.get_attr("NFTA_RULE_EXPRESSIONS") or ())
+
+
+def _operands(node: Any) -> tuple[str, ...]:
+    """The bytes that an expression compares with or loads, wherever they are nested."""
+    if not isinstance(node, tuple):
+        return ()
+    if len(node) == 2 and node[0] == "NFTA_DATA_VALUE":
+        return (str(node[1]),)
+    return tuple(operand for part in node for operand in _operands(part))
+
+
+def essence(rule: Iterable[Any]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """What of a rule reads the same in the plan and in the kernel's answer: each expression's name and operands."""
+    return tuple((dict(expression)["NFTA_EXPR_NAME"], _operands(expression)) for expression in rule)
+
+
+def generation() -> int:
+    """The current namespace's number of nftables transactions (linux/netfilter/nf_tables.h, NFT_MSG_GETGEN).
+
+    Raises OSError where netlink does not answer.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER) as sock:
+        sock.settimeout(_REPLY_TIMEOUT_S)
+        sock.bind((0, 0))
+        sock.send(struct.pack("=IHHII", 20, NFT_MSG_GETGEN, 1, 1, 0) + bytes(4))  # NLM_F_REQUEST, nfgenmsg
+        reply = sock.recv(4096)
+    if struct.unpack_from("=H", reply, 4)[0] != NFT_MSG_NEWGEN:
+        raise OSError("nf_tables does not tell its generation")
+    offset = 20
+    while offset + 4 <= len(reply):
+        size, kind = struct.unpack_from("=HH", reply, offset)
+        if kind == NFTA_GEN_ID:
+            return int(struct.unpack_from("!I", reply, offset + 4)[0])
+        offset += max(4, (size + 3) & ~3)
+    raise OSError("nf_tables does not tell its generation")
 
 
 class Table:
@@ -132,14 +174,16 @@ class Table:
         self.name = table_name(instance)
         self._plan = table_plan(mark, port)
         self._seen: dict[str, tuple[Any, ...]] = {}
+        self._generation = -1
 
     def apply(self) -> None:
-        """Write the table anew and read it back. Raises SteeringError where the kernel holds something else."""
+        """Write the table anew, in one transaction, and read it back. Raises SteeringError where the kernel holds
+        something else."""
         with NFTables(nfgen_family=INET) as nft:
-            if self.name in _tables(nft):
-                nft.table("del", name=self.name)
             try:
                 nft.begin()
+                nft.table("add", name=self.name)  # so that there is one to delete
+                nft.table("del", name=self.name)
                 nft.table("add", name=self.name)
                 for chain in self._plan:
                     nft.chain(
@@ -158,12 +202,14 @@ class Table:
                 raise SteeringError(
                     f"nftables refused the table {self.name}: {error}", hint="sidecar doctor"
                 ) from error
+        self._generation = -1
         state = self._read()
         for chain in self._plan:
-            rules = state.get(chain.name)
-            want = [expression_names(rule) for rule in chain.rules]
-            have = [tuple(dict(e)["NFTA_EXPR_NAME"] for e in rule) for rule in (rules or ())[1:]]
-            if rules is None or have != want:
+            standing = state.get(chain.name, (None,))
+            hook = (chain.kind, HOOK_NUMBERS[chain.hook], chain.priority, NF_ACCEPT)
+            want = [hook, *(essence(_value_of(e) for e in rule) for rule in chain.rules)]
+            have = [standing[0], *(essence(rule) for rule in standing[1:])]
+            if have != want:
                 raise SteeringError(
                     f"nftables holds something else than was written in {self.name}/{chain.name}: {have} for {want}",
                     hint="is nf_tables with NAT built into this kernel? sidecar doctor",
@@ -173,13 +219,17 @@ class Table:
     def differences(self) -> list[str]:
         """What has changed since `apply`; empty where all stands as written."""
         try:
+            now = generation()
+            if now == self._generation:
+                return []
             state = self._read()
-        except NetlinkError as error:
+        except (NetlinkError, OSError) as error:
             return [f"the table cannot be read: {error}"]
         if state == self._seen:
+            self._generation = now
             return []
         if not state:
-            return ["the table is gone"]
+            return ["the table is gone or dormant"]
         return [
             f"chain {name} {'is gone' if name not in state else 'was changed'}"
             for name in sorted(self._seen.keys() | state.keys())
@@ -187,12 +237,20 @@ class Table:
         ]
 
     def _read(self) -> dict[str, tuple[Any, ...]]:
-        """Chain name → (hook facts, rule, rule, …)."""
+        """Chain name → (hook facts, rule, rule, …). A dormant table reads as none: it does nothing."""
         with NFTables(nfgen_family=INET) as nft:
             state: dict[str, tuple[Any, ...]] = {}
+            if not any(_is_awake(message, self.name) for message in nft.get_tables()):
+                return state
             for chain in nft.get_chains():
                 if chain.get_attr("NFTA_CHAIN_TABLE") == self.name:
-                    facts = (str(chain.get_attr("NFTA_CHAIN_TYPE")), str(chain.get_attr("NFTA_CHAIN_HOOK")))
+                    hook = chain.get_attr("NFTA_CHAIN_HOOK")
+                    facts = (
+                        chain.get_attr("NFTA_CHAIN_TYPE"),
+                        hook.get_attr("NFTA_HOOK_HOOKNUM") if hook is not None else None,
+                        hook.get_attr("NFTA_HOOK_PRIORITY") if hook is not None else None,
+                        chain.get_attr("NFTA_CHAIN_POLICY"),
+                    )
                     state[str(chain.get_attr("NFTA_CHAIN_NAME"))] = (facts,)
             for rule in nft.get_rules():
                 if rule.get_attr("NFTA_RULE_TABLE") == self.name:
@@ -206,6 +264,14 @@ class Table:
 
 def _tables(nft: Any) -> list[str]:
     return [str(message.get_attr("NFTA_TABLE_NAME")) for message in nft.get_tables()]
+
+
+def _is_awake(message: Any, name: str) -> bool:
+    return message.get_attr("NFTA_TABLE_NAME") == name and not _flags(message.get_attr("NFTA_TABLE_FLAGS"))
+
+
+def _flags(value: Any) -> int:
+    return int(getattr(value, "value", value) or 0)
 
 
 def tables() -> list[str]:

@@ -1,37 +1,42 @@
-"""Steering of one instance: hooks, maps, table, heartbeat; and the removal of what dead instances left.
+"""Steering of one instance: hooks, maps, table, heartbeat (design.md section 4, "Steering").
 
 Fails closed by construction: the hooks survive this process, and without a fresh heartbeat they refuse covered connections.
-State that `remove_all` needs after a crash is in /run/sidecar/<instance>/steering.json, root only.
+What is about to be attached is written to the state file first, so that `removal` finds it after a crash at any point.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import ipaddress
 import json
 import os
 import socket
-import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from sidecar.errors import SidecarError, SteeringError
 from sidecar.kernel import abi, cgroups, loader, maps, nft
+from sidecar.kernel.removal import remove_all as remove_all
+from sidecar.kernel.removal import remove_dead
+from sidecar.kernel.removal import traces as traces
 from sidecar.kernel.ringbuf import EventReader
+from sidecar.kernel.run_state import (
+    OWNERS_PIN,
+    RUN_DIRECTORY,
+    STATE_FILE,
+    forget,
+    host_lock,
+    mount_bpf,
+    start_ticks,
+    unmount_if_unused,
+)
+from sidecar.kernel.run_state import alive as _alive  # noqa: F401  the main job's test looks at both
+from sidecar.kernel.run_state import states as _states  # noqa: F401
 from sidecar.model.flow import Address
 from sidecar.model.reasons import GapReason
-
-RUN_DIRECTORY: Final = Path("/run/sidecar")
-BPF_DIRECTORY: Final = RUN_DIRECTORY / "bpf"
-"""A bpffs of our own: hosts differ in whether /sys/fs/bpf is mounted, and in who may read it."""
-OWNERS_PIN: Final = BPF_DIRECTORY / "owners"
-STATE_FILE: Final = "steering.json"
-LOCK_FILE: Final = RUN_DIRECTORY / "lock"
 
 MARK_BASE: Final = 0x51DE0000
 """The upper half of our marks; the lower half is of the instance. Other users of marks keep to low bits."""
@@ -124,35 +129,6 @@ def _origin(raw: abi.Origin) -> SocketOrigin:
     )
 
 
-@contextlib.contextmanager
-def host_lock() -> Iterator[None]:
-    """One instance at a time begins or ends: the last one to end takes the shared bpffs with it."""
-    RUN_DIRECTORY.mkdir(mode=0o755, exist_ok=True)
-    descriptor = os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def mount_bpf() -> None:
-    """A bpffs at /run/sidecar/bpf, root only. Idempotent."""
-    RUN_DIRECTORY.mkdir(mode=0o755, exist_ok=True)
-    BPF_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-    if not os.path.ismount(BPF_DIRECTORY):
-        done = subprocess.run(
-            ["mount", "-t", "bpf", "-o", "mode=0700", "sidecar", str(BPF_DIRECTORY)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise SteeringError(
-                f"a BPF file system cannot be mounted: {done.stderr.strip()}", hint="sidecar doctor"
-            )
-
-
 @dataclass(slots=True)
 class _Attachment:
     hook: str
@@ -171,6 +147,7 @@ class Steering:
     _events: EventReader | None = None
     _owned: list[int] = field(default_factory=list)
     _swept: float = 0.0
+    _lost: int = 0
 
     @property
     def mark(self) -> int:
@@ -198,7 +175,6 @@ class Steering:
             for cgroup in plan.scope_cgroups:
                 self._own(cgroup, abi.ROLE_EXCLUSIVE)
         self._table = nft.Table(plan.instance, self.mark, plan.listen_port)
-        self._save()
         self._table.apply()
         root = cgroups.cgroup2_mount()
         self._attach("sidecar_bind4", root)
@@ -213,7 +189,6 @@ class Steering:
                 "sidecar_connect6",
             ):
                 self._attach(hook, cgroup)
-        self._save()
 
     def _configure(self) -> None:
         plan, fds = self.plan, self._fds
@@ -248,21 +223,22 @@ class Steering:
     def _own(self, cgroup: Path, role: int) -> None:
         identifier = cgroups.identifier(cgroup)
         owner = abi.Owner(instance=int(self.plan.instance, 16), role=role)
-        maps.update(self._fds["owners"], ctypes.c_uint64(identifier), owner, "the map of owners")
         self._owned.append(identifier)
+        self._save()
+        maps.update(self._fds["owners"], ctypes.c_uint64(identifier), owner, "the map of owners")
 
     def _attach(self, hook: str, cgroup: Path) -> None:
         program = self._fds[hook]
-        maps.attach(program, cgroup, maps.ATTACH_TYPES[hook])
         self._attached.append(_Attachment(hook, cgroup, maps.program_info(program)[0]))
         self._save()
+        maps.attach(program, cgroup, maps.ATTACH_TYPES[hook])
 
     def _save(self) -> None:
         directory = RUN_DIRECTORY / self.plan.instance
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         state = {
             "pid": os.getpid(),
-            "started": _start_ticks(os.getpid()),
+            "started": start_ticks(os.getpid()),
             "netns": os.readlink("/proc/self/ns/net"),
             "table": nft.table_name(self.plan.instance),
             "owned": self._owned,
@@ -320,10 +296,10 @@ class Steering:
         return _origin(raw)
 
     def drain_events(self) -> list[KernelEvent]:
-        """What the hooks have told since the last call."""
+        """What the hooks have told since the last call; what was lost meanwhile is one event with the count."""
         if self._events is None:
             return []
-        found = []
+        found: list[KernelEvent] = []
         for raw in self._events.drain():
             reason, sentence = abi.EVENTS.get(
                 raw.reason, (GapReason.REFUSED_BY_KERNEL, f"event {raw.reason}")
@@ -342,10 +318,30 @@ class Steering:
                     destination=origin.original,
                 )
             )
+        total = maps.lookup(self._fds["lost"], ctypes.c_uint32(0), ctypes.c_uint64)
+        lost = self._events.lost + (total.value if total is not None else 0)
+        if lost > self._lost:
+            found.append(
+                KernelEvent(
+                    reason=GapReason.EVENTS_LOST.value,
+                    detail=f"{lost - self._lost} kernel events were lost: their buffer was full",
+                    refused=False,
+                    pid=0,
+                    tgid=0,
+                    uid=0,
+                    comm="",
+                    cgroup_id=0,
+                    destination=Address("::", 0),
+                )
+            )
+            self._lost = lost
         return found
 
     def close(self) -> None:
-        """Leave no trace. Idempotent. Connect hooks go first, the guard last: nothing marked is left unguarded."""
+        """Leave no trace. Idempotent. An exclusive scope is given up first, so that an agent at the root covers it again; then
+        the connect hooks go, the guard last: nothing marked is left unguarded; then the inspector's exemption."""
+        for identifier in self._owned[1:]:
+            maps.delete(self._fds["owners"], ctypes.c_uint64(identifier))
         for attachment in reversed(self._attached):
             maps.detach(self._fds[attachment.hook], attachment.cgroup, maps.ATTACH_TYPES[attachment.hook])
         self._attached.clear()
@@ -362,139 +358,5 @@ class Steering:
         for descriptor in self._fds.values():
             os.close(descriptor)
         self._fds = {}
-        _forget(self.plan.instance)
-        _unmount_if_unused()
-
-
-def _start_ticks(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def _forget(instance: str) -> None:
-    directory = RUN_DIRECTORY / instance
-    (directory / STATE_FILE).unlink(missing_ok=True)
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
-
-
-def _states() -> dict[str, dict[str, object]]:
-    found = {}
-    if not RUN_DIRECTORY.is_dir():
-        return {}
-    for path in RUN_DIRECTORY.glob(f"*/{STATE_FILE}"):
-        try:
-            found[path.parent.name] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            found[path.parent.name] = {}
-    return found
-
-
-def _alive(state: dict[str, object]) -> bool:
-    pid = state.get("pid")
-    return isinstance(pid, int) and _start_ticks(pid) == state.get("started") != 0
-
-
-def _remaining(state: dict[str, object]) -> list[tuple[str, Path, int]]:
-    """Attachments of a recorded instance that still stand."""
-    rows = state.get("attached")
-    found = []
-    for hook, cgroup, program_id in rows if isinstance(rows, list) else []:
-        if program_id in maps.attached_ids(Path(cgroup), maps.ATTACH_TYPES.get(hook, -1)):
-            found.append((hook, Path(cgroup), program_id))
-    return found
-
-
-def traces(instance: str | None = None) -> list[str]:
-    """What is left in the kernel of this or of any instance: hooks, tables, cgroups."""
-    found = []
-    for name, state in _states().items():
-        if instance in (None, name):
-            found += [
-                f"hook {hook} at {cgroup} (program {number})" for hook, cgroup, number in _remaining(state)
-            ]
-    found += [
-        f"table inet {name}" for name in nft.tables() if instance in (None, name.removeprefix(nft.PREFIX))
-    ]
-    found += [
-        f"cgroup {cgroups.instance_directory(name)}"
-        for name in cgroups.instances()
-        if instance in (None, name)
-    ]
-    return found
-
-
-def _remove(instance: str, state: dict[str, object]) -> list[str]:
-    removed = []
-    for hook, cgroup, program_id in sorted(_remaining(state), key=lambda row: row[0] == "sidecar_egress"):
-        program = maps.program_fd(program_id)
-        if program is None:
-            continue
-        try:
-            if maps.detach(program, cgroup, maps.ATTACH_TYPES[hook]):
-                removed.append(f"hook {hook} at {cgroup}")
-        finally:
-            os.close(program)
-    owners = maps.pinned(OWNERS_PIN)
-    if owners is not None:
-        try:
-            rows = state.get("owned")
-            for identifier in rows if isinstance(rows, list) else []:
-                maps.delete(owners, ctypes.c_uint64(identifier))
-        finally:
-            os.close(owners)
-    if nft.delete(nft.table_name(instance)):
-        removed.append(f"table inet {nft.table_name(instance)}")
-    removed += cgroups.remove(instance)
-    directory = RUN_DIRECTORY / instance
-    (directory / "control.sock").unlink(missing_ok=True)
-    _forget(instance)
-    return removed
-
-
-def remove_dead(*, except_for: str) -> list[str]:
-    """Remove what instances whose supervisor is gone have left; called after our own hooks stand.
-
-    Instances of another network namespace keep their table there: only their hooks can be removed from here.
-    """
-    removed = []
-    for instance, state in _states().items():
-        if instance != except_for and not _alive(state):
-            removed += _remove(instance, state)
-    return removed
-
-
-def remove_all(instance: str | None = None) -> list[str]:
-    """`sidecar down`: remove every trace of `instance`, or of all. Idempotent; also after SIGKILL. Names what it removed.
-
-    Live supervisors are asked to stop first by the caller; one that does not answer loses its hooks here.
-    """
-    removed = []
-    for name, state in _states().items():
-        if instance in (None, name):
-            removed += _remove(name, state)
-    for name in nft.tables():
-        if instance in (None, name.removeprefix(nft.PREFIX)) and nft.delete(name):
-            removed.append(f"table inet {name}")
-    for name in cgroups.instances():
-        if instance in (None, name):
-            removed += cgroups.remove(name)
-    _unmount_if_unused()
-    return removed
-
-
-def _unmount_if_unused() -> None:
-    """The bpffs and its map go with the last instance."""
-    with host_lock():
-        _unmount()
-
-
-def _unmount() -> None:
-    if _states() or not os.path.ismount(BPF_DIRECTORY):
-        return
-    OWNERS_PIN.unlink(missing_ok=True)
-    subprocess.run(["umount", str(BPF_DIRECTORY)], capture_output=True, check=False)
-    with contextlib.suppress(OSError):
-        BPF_DIRECTORY.rmdir()
+        forget(self.plan.instance)
+        unmount_if_unused()

@@ -35,6 +35,7 @@ class GapReason(enum.StrEnum):
     REFUSED_BY_KERNEL = "refused_by_kernel"
     QUIC_REFUSED = "quic_refused"
     GUARD_DROPPED = "guard_dropped"
+    EVENTS_LOST = "events_lost"
     TABLE_CHANGED = "table_changed"
     HOOK_DETACHED = "hook_detached"
     SPOOL_DROPPED = "spool_dropped"
