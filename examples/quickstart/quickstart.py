@@ -83,6 +83,18 @@ def run_report(argv: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
+def measured(output: str) -> dict[str, float]:
+    """The loop's last line; before it there may be warnings, which are for the person."""
+    lines = output.splitlines()
+    for line in lines[:-1]:
+        note(line)
+    try:
+        medians: dict[str, float] = json.loads(lines[-1])
+    except (ValueError, IndexError) as error:
+        raise FarHostError(f"the loop printed no medians:\n{output[-2000:]}") from error
+    return medians
+
+
 def tell(state: Path, with_page: bool) -> Story:
     story = Story(state)
     with ExitStack() as undo:
@@ -101,14 +113,14 @@ def tell(state: Path, with_page: bool) -> Story:
 
         note("the nightly report, without Sidecar")
         story.direct = run_report(far.seen_from_here([str(REPORT)]), environment)
-        story.direct_loop = json.loads(run_report(far.seen_from_here(loop), environment))
+        story.direct_loop = measured(run_report(far.seen_from_here(loop), environment))
         far.reset()
 
         note("the same report, steered; somebody approves what waits")
         story.approver = undo.enter_context(Approver(SIDECAR))
         story.steered = run_report(far.seen_from_here([*steered, str(REPORT)]), environment)
         story.approver.stop()
-        story.steered_loop = json.loads(run_report(far.seen_from_here([*steered, *loop]), environment))
+        story.steered_loop = measured(run_report(far.seen_from_here([*steered, *loop]), environment))
         story.server_saw = far.application_name()
 
         note("looking at what was recorded")
