@@ -40,8 +40,8 @@ from sidecar.session.commands import (
 )
 from sidecar.session.context import SessionContext, denial_message
 from sidecar.session.postgres_catalog import SNAPSHOT_QUERY
+from sidecar.session.postgres_cycle import Cycles
 from sidecar.session.postgres_exchange import Decision, Exchange, Held, Portal, Prepared, candidates
-from sidecar.session.postgres_results import Results
 from sidecar.session.postgres_startup import CLIENT, REQUIRES_TLS_DETAIL, SERVER
 
 REJECTED_TEXT: Final = b"sidecar: refused before it was sent"
@@ -57,7 +57,7 @@ _WHOLE: Final = b"QPBFDEC"
 """Types that have to be whole to be judged."""
 
 
-class PostgresSession(Results):
+class PostgresSession(Cycles):
     """Implements session.commands.Session."""
 
     def __init__(self, context: SessionContext) -> None:
@@ -200,6 +200,8 @@ class PostgresSession(Results):
         self._now = now_ns
         self.context.engine = engine
         self.judge.changed(engine)
+        if self.judge.wants_catalog and not self._catalog.known:
+            self._stale = True
         return self._take()
 
     def abort(self, reason: CloseReason, detail: str, now_ns: int) -> list[Command]:
@@ -245,6 +247,16 @@ class PostgresSession(Results):
                     limit="statement_max_bytes",
                     value=self.limits.statement_max_bytes,
                 )
+            return
+        if (
+            data[0] in b"BP"
+            and not (self._open_segment or self._skipping or self._copying or self._stale or self._reassert)
+            and not len(self._client)
+            and self._send_cycle(data, self._order + 1, self._segment) is not None
+        ):
+            self._order += 1
+            self._segment += 1
+            self._copy_run = None
             return
         joined = self._client.join(data)
         if joined is not None:
@@ -409,7 +421,7 @@ class PostgresSession(Results):
         return exchange
 
     def _note(self, decision: Decision) -> None:
-        if decision.ddl:
+        if decision.ddl and self.judge.wants_catalog:
             self._stale = True
         if decision.resets and self._assertion is not None:
             self._reassert = True
@@ -697,7 +709,8 @@ class PostgresSession(Results):
         self._phase = "inject"
         self._status = b"I"
         self._held_ready = [whole]
-        if self.judge.wants_catalog:
+        self._stale = self.judge.wants_catalog
+        if self._stale:
             self._injections.append(("catalog", SNAPSHOT_QUERY))
         if self.facts.attachment.postgres_setting is not None:
             self._out.append(SignAssertion(self._backend_pid))

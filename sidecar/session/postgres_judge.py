@@ -61,6 +61,8 @@ class Judge:
         self.strings = True
         self.encoding = "UTF8"
         self._decisions: dict[bytes, Decision] = {}
+        self._by_verdict: dict[int, Decision] = {}
+        """By the identity of a verdict, which the engine gives to all texts of one shape; the decision keeps it alive."""
         self._column_masks: bool | None = None
 
     def changed(self, engine: Engine) -> None:
@@ -69,6 +71,7 @@ class Judge:
 
     def forget(self) -> None:
         self._decisions.clear()
+        self._by_verdict.clear()
         self._column_masks = None
 
     def parameter(self, name: bytes, value: bytes) -> None:
@@ -146,7 +149,10 @@ class Judge:
         verdict = self.engine.evaluate(
             SqlOperation("query", text, self.database, self.user, None, self.strings), self.facts
         )
-        ambiguous = _AMBIGUOUS.search(raw) is not None
+        ambiguous = b"\\" in raw and _AMBIGUOUS.search(raw) is not None
+        alike = self._by_verdict.get(id(verdict))
+        if alike is not None and not ambiguous and len(raw) <= DECISION_TEXT_MAX_BYTES:
+            return self._like(alike, text)
         if ambiguous and not self.strings and b"\\'" in raw:
             return self._unjudged(raw, text, verdict, "standard_conforming_strings is off")
         if verdict.action is Action.INVALID and self.replication:
@@ -185,7 +191,26 @@ class Judge:
             ambiguous=ambiguous,
             resets=resets,
         )
-        return self._elsewhere(decision) if kinds & _ELSEWHERE else decision
+        if kinds & _ELSEWHERE:
+            return self._elsewhere(decision)
+        spans = facts is None or facts.password_spans or facts.masked_literal_spans
+        if decision.denial is None and not spans and not ambiguous and len(raw) <= DECISION_TEXT_MAX_BYTES:
+            if len(self._by_verdict) >= DECISIONS_MAX:
+                self._by_verdict.clear()
+            self._by_verdict[id(verdict)] = decision
+        return decision
+
+    @staticmethod
+    def _like(alike: Decision, text: str) -> Decision:
+        """Another text of one shape: the same but for what the record shows."""
+        operation = alike.operation
+        shown = OperationPart(
+            kind="query", text=text, objects=operation.objects, statements=operation.statements
+        )
+        return Decision(
+            text, alike.verdict, shown, alike.part, alike.passes, None, alike.plan, alike.record_plan,
+            alike.reached, alike.rows, alike.ddl, alike.steady, False, alike.resets, alike.row_plans,
+        )  # fmt: skip
 
     def _text(self, raw: bytes) -> str | None:
         """As the server will read it; None where it cannot."""

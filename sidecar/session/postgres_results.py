@@ -55,6 +55,14 @@ class Results(Opening):
         self._streamed: Exchange | None = None
         self._injecting: str | None = None
 
+    # -- the short way (see postgres_cycle.py)
+
+    def _answer_cycle(self, data: bytes) -> bool:
+        raise NotImplementedError
+
+    def _expand_cycle(self) -> None:
+        raise NotImplementedError
+
     # -- what the first ReadyForQuery and injected statements need (see postgres.py)
 
     def _first_ready(self, whole: bytes) -> bytes:
@@ -77,6 +85,11 @@ class Results(Opening):
         if joined is None:
             return
         data = joined
+        pending = self._pending
+        if pending and pending[0].kind == "U":
+            if self._answer_cycle(data):
+                return
+            self._expand_cycle()
         view = memoryview(data)
         end = len(data)
         start = offset = 0
@@ -170,8 +183,11 @@ class Results(Opening):
         if self._injecting is not None:
             return self._injected(kind, data[offset + 5 : after], data[offset:after])
         pending = self._pending
-        while pending and pending[0].kind == "d":
-            pending.popleft()
+        while pending and pending[0].kind in "dU":
+            if pending[0].kind == "U":
+                self._expand_cycle()
+            else:
+                pending.popleft()
         current = pending[0] if pending else None
         if kind == b"D":
             if current is None or current.kind not in "QE":
@@ -300,7 +316,7 @@ class Results(Opening):
             if current.portal is not None:
                 current.portal.columns, current.portal.description = columns, body
             elif current.prepared is not None:
-                current.prepared.columns = columns
+                current.prepared.columns, current.prepared.description = columns, b"S" + body
             self._pending.popleft()
             return b"" if current.hidden else None
         decision = current.decision
@@ -369,8 +385,7 @@ class Results(Opening):
             return None
         for statement in portal.statements:
             if statement.columns is not None and len(portal.statements) == 1:
-                body = b"statement" + repr(statement.columns).encode()
-                return self._row_plan(decision, body, statement.columns)
+                return self._row_plan(decision, statement.description, statement.columns)
         return None
 
     # -- rows

@@ -10,6 +10,7 @@ import pytest
 from sidecar.model.flow import Address
 from sidecar.policy import load_policy
 from sidecar.session.postgres import PostgresSession
+from tests.support.free_port import free_port
 from tests.support.postgres_server import PostgresServer
 from tests.support.postgres_wire import (
     FLUSH,
@@ -53,12 +54,6 @@ CREATE TABLE plain (id int PRIMARY KEY, ssn text);
 INSERT INTO plain VALUES (1, 'not one');
 CREATE SCHEMA other; CREATE TABLE other.customers (id int, ssn text); INSERT INTO other.customers VALUES (1, 'harmless');
 """
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

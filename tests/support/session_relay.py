@@ -80,6 +80,7 @@ class _Flow:
         self.session = relay.make(relay.context())
         self.client: _Hop | None = None
         self.server = _Hop(self, Side.SERVER)
+        relay.flows.append(self)
         self.closed = False
         self.ended: set[Side] = set()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -152,6 +153,10 @@ class _Flow:
         await asyncio.get_running_loop().create_connection(
             lambda: self.server, self.relay.server.host, self.relay.server.port
         )
+        if self.closed:
+            assert self.server.transport is not None
+            self.server.transport.abort()
+            return
         self.drive("upstream_connected")
 
     async def start_tls(self, command: StartTls) -> None:
@@ -187,6 +192,7 @@ class SessionRelay:
         self.holds: list[OpenHold] = []
         self.withdrawn: list[str] = []
         self.waiting: dict[str, _Flow] = {}
+        self.flows: list[_Flow] = []
         self.backend_pids: list[int] = []
         self.reasons: list[str] = []
         self.faults: list[BaseException] = []
@@ -244,7 +250,12 @@ class SessionRelay:
             self._listener.close()
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
                 task.cancel()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)
+            for flow in self.flows:
+                for hop in (flow.client, flow.server):
+                    if hop is not None and hop.transport is not None:
+                        hop.transport.abort()
+            await asyncio.sleep(0.02)
 
         with contextlib.suppress(TimeoutError):
             self._call(stop())
