@@ -39,6 +39,27 @@ _SIZES: Final = {
 }
 _DURATIONS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
+_YAML_HINTS: Final = (
+    # what PyYAML says -> what people mostly did
+    ("'\\t'", "indent with spaces, not with tabs"),
+    ("mapping values are not allowed", "quote a text that holds `: `, and indent keys of one level alike"),
+    ("expected alphabetic or numeric character", 'quote a value that begins with * or &: "*.internal"'),
+    ("expected <block end>", "indent keys and list items of one level alike"),
+    ("cannot start any token", "quote a value that begins with % @ or `"),
+    ("special characters are not allowed", "save the file as plain UTF-8 text"),
+    ("found unexpected end of stream", "a quote is opened and never closed"),
+)
+_KINDS: Final = {
+    # msgspec's word -> what stands in the document
+    "object": "a mapping (name: value)",
+    "array": "a list",
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "nothing",
+}
+
 Lines = dict[tuple[str | int, ...], int]
 
 
@@ -145,7 +166,10 @@ def read_document(text: str, file: str) -> tuple[Any, Lines]:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigurationError(
-            f"not YAML: {problem}", file=file, line=mark.line + 1 if mark else None
+            f"not YAML: {problem.partition(chr(10))[0]}",
+            file=file,
+            line=mark.line + 1 if mark else None,
+            hint=_yaml_hint(problem),
         ) from error
     except RecursionError as error:
         raise ConfigurationError("the document is nested too deeply", file=file) from error
@@ -153,6 +177,14 @@ def read_document(text: str, file: str) -> tuple[Any, Lines]:
         return {}, {(): 1}
     reader = _Reader(file)
     return reader.build(node, ()), reader.lines
+
+
+def _yaml_hint(problem: str) -> str:
+    """What people mostly did where PyYAML says `problem`."""
+    for words, hint in _YAML_HINTS:
+        if words in problem:
+            return hint
+    return "look at this line, and at the one above it"
 
 
 def _path_of(message: str) -> tuple[tuple[str | int, ...], str]:
@@ -222,12 +254,20 @@ def load_document(text: str, file: str, type_: type[T]) -> T:
                 else "valid names: " + ", ".join(_field_names(type_, path)),
             ) from error
         hint = None
-        enum = re.fullmatch(r"Invalid enum value '(.*)'", message)
+        enum = re.fullmatch(r"Invalid enum value '?(.*?)'?", message)
+        expected = re.fullmatch(r"Expected `([^`]*)`, got `([^`]*)`", message)
+        missing = re.fullmatch(r"Object missing required field `(.*)`", message)
         if enum:
             options = _options(type_, path)
             near = nearest(enum[1], options)
             message = f"'{enum[1]}' is not valid here"
             hint = f"did you mean '{near}'?" if near else "valid: " + ", ".join(options)
+        elif expected:
+            message, hint = _expected(expected[1], expected[2], _options(type_, path))
+        elif missing:
+            options = _options(type_, (*path, missing[1]))
+            message = f"`{missing[1]}` is missing"
+            hint = f"add `{missing[1]}: {'|'.join(options) or '…'}`"
         where = ".".join(map(str, path))
         raise ConfigurationError(
             f"{where}: {message}" if where else message,
@@ -236,6 +276,24 @@ def load_document(text: str, file: str, type_: type[T]) -> T:
             path=where,
             hint=hint,
         ) from error
+
+
+def _expected(wanted: str, found: str, options: list[str]) -> tuple[str, str | None]:
+    """msgspec's types in the words of whoever writes YAML, and what to do."""
+    kinds = [_KINDS.get(word.strip(), word.strip()) for word in wanted.split("|")]
+    kinds = [kind for kind in kinds if kind != _KINDS["null"]] or kinds
+    hint = None
+    if options:
+        hint = "valid: " + ", ".join(options)
+    elif found == "bool" and "str" in wanted:
+        hint = "YAML reads yes, no, on and off as true and false: quote it"
+    elif found == "null":
+        hint = "give it a value, or leave the name out"
+    elif found in ("int", "float") and "str" in wanted:
+        hint = "quote a number that is meant as a text"
+    elif wanted.startswith("array") and found == "object":
+        hint = "begin each item with `- `"
+    return f"{' or '.join(kinds)} is expected here, not {_KINDS.get(found, found)}", hint
 
 
 def _options(type_: Any, path: tuple[str | int, ...]) -> list[str]:

@@ -81,29 +81,31 @@ def flow_records(directory: Path, flow: str) -> list[dict[str, Any]]:
 
 
 def find_record(directory: Path, record_id: str) -> RecordView | None:
-    """By full id, or by its last digits. Raises AuditError where several match."""
+    """By full id of a record or a hold, or by its last digits. A hold is found as the request that was held, with
+    what became of it under `hold`. Raises AuditError where several match."""
     wanted = record_id.lower()
-    matches: dict[str, dict[str, Any]] = {}
-    opened: dict[str, dict[str, Any]] = {}
-    for record in records(directory):
-        if record["kind"] == "open":
-            opened[record["flow"]] = record
-        if str(record.get("id", "")).endswith(wanted) or str(record.get("hold", {}).get("id", "")).endswith(
-            wanted
-        ):
-            matches.setdefault(record["id"], record)
-    held = {record.get("request") for record in matches.values() if record["kind"] in ("hold", "decision")}
-    found = (
-        [record for record in matches.values() if record["id"] not in held]
-        if len(matches) > 1
-        else list(matches.values())
-    )
+    rows = list(records(directory))
+    by_id = {str(record.get("id", "")): record for record in rows}
+    holds: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for record in rows:
+        hold_id = str((record.get("hold") or {}).get("id", ""))
+        request = str(record.get("request", ""))
+        if hold_id and request:
+            holds[request] = record["hold"]  # the newest: pending first, then the decision
+        if hold_id.endswith(wanted) and request in by_id:
+            found[request] = by_id[request]
+        elif hold_id.endswith(wanted) or str(record.get("id", "")).endswith(wanted):
+            found[record["id"]] = record
     if not found:
         return None
-    if len({record.get("flow") for record in found}) > 1:
+    if len({record.get("flow") for record in found.values()}) > 1:
         raise AuditError(f"{len(found)} records end in {record_id}", hint="give more digits")
-    record = next((item for item in found if item["kind"] == "request"), found[0])
-    return RecordView(record, opened.get(record.get("flow", "")))
+    record = next((item for item in found.values() if item["kind"] == "request"), next(iter(found.values())))
+    if record["id"] in holds:
+        record = {**record, "hold": holds[record["id"]]}
+    opened = (row for row in rows if row["kind"] == "open" and row.get("flow") == record.get("flow"))
+    return RecordView(record, next(opened, None))
 
 
 def follow(directory: Path) -> Iterator[dict[str, Any]]:

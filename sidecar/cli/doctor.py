@@ -8,17 +8,23 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
 from sidecar.cli import output
 from sidecar.cli.instances import json_option
-from sidecar.errors import SidecarError
+from sidecar.errors import IdentityError, SidecarError
+
+if TYPE_CHECKING:
+    from sidecar.config import Config
 
 NOT_CHECKED: Final = (
     "trust in the local certificate authority by client runtimes: TLS is not opened in this version",
 )
+
+
+KEYS_TIMEOUT_S: Final = 6.0
 
 
 class Check(Protocol):
@@ -97,25 +103,39 @@ def own_checks(config_file: Path | None) -> list[OwnCheck]:
     where = str(config.file) if config.file else "built in (no /etc/sidecar/sidecar.yaml)"
     return [
         OwnCheck("configuration", True, where),
-        _policy(config.policy),
+        _policy(config),
+        *(issuer_keys(issuer.issuer, issuer.jwks) for issuer in config.identity.issuers),
         audit_directory(Path(config.audit.directory)),
     ]
 
 
-def _policy(path: Path | None) -> OwnCheck:
+def _policy(config: Config) -> OwnCheck:
+    """Loaded as `run` would load it, with the key that masks hash with."""
+    path = config.policy
     if path is None:
         return OwnCheck("policy", True, "built in: allow, record everything")
-    from sidecar.policy import load_policy
+    from sidecar.proxy.policy_file import PolicySource
 
     try:
-        load_policy(path.read_text(encoding="utf-8"), str(path))
+        PolicySource(path, hash_key=config.hash_key(), upstream=config.upstream is not None).load()
     except SidecarError as error:
         return OwnCheck("policy", False, str(error), error.hint or f"sidecar policy check {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        return OwnCheck(
-            "policy", False, f"{path}: {error}", "`policy:` is relative to the configuration file"
-        )
     return OwnCheck("policy", True, str(path))
+
+
+def issuer_keys(issuer: str, jwks: str) -> OwnCheck:
+    """Whether the keys that tokens are verified with can be read, the way the agent reads them."""
+    from sidecar.identity.keys import KeySet
+
+    try:
+        KeySet(jwks).candidates(None, "ES256", wait_s=KEYS_TIMEOUT_S)
+    except IdentityError as error:
+        if error.reason == "keys_unavailable":
+            return OwnCheck(
+                "identity", False, f"{issuer}: {error}", "correct jwks of that issuer in identity.issuers"
+            )
+        # Keys are there; whether one fits is up to the token.
+    return OwnCheck("identity", True, f"{issuer}: keys read from {jwks}")
 
 
 def audit_directory(directory: Path) -> OwnCheck:

@@ -37,6 +37,8 @@ def flows(instance: str | None, once: bool, watch: bool, as_json: bool) -> None:
     if not live:
         rows = [(entry.instance, row) for entry, client in each_client(instance) for row in client.flows()]
         _print(rows, as_json)
+        if not rows and not as_json and not live_instances():
+            output.note("nothing is running")
         return
     if sys.stdout.isatty() and not as_json:
         with Live(console=output.console(), auto_refresh=False, screen=False) as display:

@@ -21,8 +21,15 @@ CHECK_KEY = b"only for checking: masks are not applied here"
 def _load(file: Path) -> Policy:
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the policy cannot be read: {error}", file=str(file)) from error
+    except OSError as error:
+        raise ConfigurationError(f"the policy cannot be read: {error.strerror}", file=str(file)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            "the policy is no UTF-8 text",
+            file=str(file),
+            line=error.object.count(b"\n", 0, error.start) + 1,
+            hint="save it as UTF-8",
+        ) from error
     return load_policy(text, str(file), hash_key=CHECK_KEY)
 
 
@@ -120,8 +127,11 @@ def explain(
     found = _load(file) if file else builtin_policy()
     path = None
     if url is not None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        host, port = host or parts.hostname, port or parts.port
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = host or parts.hostname, port or parts.port
+        except ValueError as error:
+            raise click.BadParameter(f"{url!r}: {error}", param_hint="--url") from error
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     kind = protocol or ("postgres" if statement is not None else "http")
     given = Given(

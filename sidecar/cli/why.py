@@ -21,7 +21,7 @@ MAX_TEXT_CHARS: Final = 2000
 @click.argument("record_id", metavar="ID")
 @click.option(
     "--directory",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
     help="Audit directory to read where no agent runs; default: the configuration's.",
 )
 @json_option
@@ -63,14 +63,13 @@ def _from_directory(record_id: str, directory: Path | None) -> dict[str, Any]:
     except PermissionError as error:
         raise ControlError(
             f"no running agent knows record {record_id}, and only root may read {directory}",
-            hint=f"sudo sidecar why {record_id}",
-        ) from error
-    except FileNotFoundError as error:
-        raise AuditError(
-            f"there are no records in {directory}", hint="sidecar why --directory DIR"
+            hint=f"sudo sidecar why {record_id} --directory {directory}",
         ) from error
     if view is None:
-        raise AuditError(f"no record {record_id} in {directory}", hint="is it the id of another host?")
+        raise AuditError(
+            f"no record {record_id} in {directory}",
+            hint="is it another host's, or another configuration's? sidecar why ID --directory DIR",
+        )
     return as_map(view)
 
 
@@ -156,7 +155,9 @@ def advice(record: dict[str, Any]) -> str:
     ask = f"ask {owner}, who owns the rule" if owner else "ask whoever keeps this host's policy"
     rule = verdict.get("rule")
     hold = record.get("hold") or {}
-    state = hold.get("state")
+    state = hold.get("state", "pending") if hold else None
+    if state == "approved":
+        return f"it was approved{' by ' + hold['by'] if hold.get('by') else ''}, for this once; it ran"
     if state == "expired":
         return f"nobody decided in time: run it again while an approver is there, or {ask}"
     if state == "rejected":
@@ -202,6 +203,17 @@ def lines(record: dict[str, Any]) -> list[str]:
         head.append(("rule", f"{rule}" + (f", policy {found['policy']}" if found["policy"] else "")))
     if found["reason"]:
         head.append(("says", str(found["reason"])))
+    hold = record.get("hold") or {}
+    if hold:
+        said = " ".join(
+            (
+                short_id(str(hold.get("id", ""))),
+                str(hold.get("state", "pending")),
+                f"by {hold['by']}" if hold.get("by") else "",
+                f"({hold['reason']})" if hold.get("by") and hold.get("reason") else "",
+            )
+        )
+        head.append(("hold", " ".join(said.split())))
     if record.get("reason"):
         head.append(("ended", str(record["reason"])))
     if found["owner"]:

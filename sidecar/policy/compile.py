@@ -71,7 +71,13 @@ class _Compiler:
         try:
             return compile_when(when)
         except re2.error as error:
-            raise self.fail(f"`text` is no RE2 expression: {error}", *path, "text") from error
+            said = error.args[0].decode(errors="replace") if error.args else ""
+            raise self.fail(
+                f"`text` is no RE2 expression: {said}",
+                *path,
+                "text",
+                hint="look-around and \\1 are not in RE2",
+            ) from error
         except (celpy.CELParseError, ValueError) as error:
             raise self.fail(f"this condition cannot be compiled: {error}", *path) from error
 

@@ -25,6 +25,8 @@ Answer = bool | None
 SQL_ONLY: Final = ("statement", "table", "reads", "writes", "function", "without_where", "text")
 HTTP_ONLY: Final = ("method", "path", "query", "headers", "request_json")
 
+_RE2_OPTIONS: Final = re2.Options()
+_RE2_OPTIONS.log_errors = False  # the error is raised; RE2 would also print it, in its own words
 
 _EPOCH: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
 
@@ -468,7 +470,7 @@ def compile_when(when: When) -> tuple[Selector, ...]:
             )
         )
     if when.text is not None:
-        pattern = re2.compile(when.text)
+        pattern = re2.compile(when.text, _RE2_OPTIONS)
         found.append(
             Selector(
                 "text",

@@ -121,5 +121,16 @@ class PolicySource:
             )
         try:
             return self._path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"the policy cannot be read: {error}", file=str(self._path)) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"the policy cannot be read: {error.strerror}",
+                file=str(self._path),
+                hint="`policy:` is relative to the configuration file",
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                "the policy is no UTF-8 text",
+                file=str(self._path),
+                line=error.object.count(b"\n", 0, error.start) + 1,
+                hint="save it as UTF-8",
+            ) from error

@@ -314,8 +314,8 @@ REFUSED = [
     ("masks:\n  hash_key: {path: /x}\n", 2, "file"),
     ("steering: [\n", 2, "YAML"),
     ("steering: {scope: all}\nsteering: {scope: exec}\n", 2, "twice"),
-    ("- a\n- b\n", 1, "object"),
-    ("just text\n", 1, "object"),
+    ("- a\n- b\n", 1, "a mapping (name: value) is expected here, not a list"),
+    ("just text\n", 1, "a mapping (name: value) is expected here, not a text"),
     ("a: &x {}\nb: *x\n", None, "aliases"),
 ]
 
