@@ -1,0 +1,84 @@
+"""What one SQL text was found to do: the walker fills it, selectors and the engine read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sidecar.model.verdict import SyntaxIssue
+from sidecar.policy.sql_vocabulary import DDL
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`schema` is empty for an unqualified name. Names as the server folds them."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}" if self.schema else self.name
+
+
+@dataclass(slots=True)
+class Analysis:
+    """Facts of one text (all its statements together). Names are folded as the server folds them."""
+
+    statements: list[str] = field(default_factory=list)
+    """Kinds in order of appearance, nested ones included."""
+    reads: set[Table] = field(default_factory=set)
+    writes: set[Table] = field(default_factory=set)
+    functions: set[str] = field(default_factory=set)
+    """Both `schema.name` and `name` where qualified."""
+    without_where: bool = False
+    opaque: bool = False
+    settings: set[str] = field(default_factory=set)
+    """Settings that are SET or RESET; `*` for all or for one that cannot be known."""
+    flowing: set[str] = field(default_factory=set)
+    """Column names that can flow into a derived result value; `*` for whole rows."""
+    stored: set[str] = field(default_factory=set)
+    """Column names that flow into another table (INSERT … SELECT, CREATE TABLE AS, UPDATE SET)."""
+    copied: set[str] = field(default_factory=set)
+    """Columns that COPY … TO takes; `*` for all."""
+    row_functions: bool = False
+    """A function in FROM whose rows cannot be known, a cursor, an EXECUTE."""
+    copy_out: bool = False
+    password_spans: list[tuple[int, int]] = field(default_factory=list)
+    bound_literals: list[tuple[str, int]] = field(default_factory=list)
+    """(column name, byte offset) of constants compared with or stored into a column."""
+    bound_parameters: list[tuple[str, int]] = field(default_factory=list)
+    """(column name, 0-based parameter)."""
+    transaction: bool = False
+    constant_sensitive: bool = False
+    """Some fact depends on a literal: not to be shared between texts that differ in literals."""
+    error: SyntaxIssue | None = None
+    too_deep: bool = False
+    unjudged: str = ""
+    """Why the text cannot be judged, although the server may well accept it."""
+    ranges: set[str] = field(default_factory=set)
+    """Names and aliases in FROM: a column reference of that name is a whole row."""
+    secret_options: bool = False
+    """CREATE or ALTER of a user mapping or foreign server: its options are secrets."""
+    do_bodies: list[str] = field(default_factory=list)
+    parts: list[Analysis] = field(default_factory=list)
+    """One a statement, where the text holds several: each is judged by itself, the strictest verdict wins."""
+
+    @property
+    def ddl(self) -> bool:
+        return self.opaque or not DDL.isdisjoint(self.statements)
+
+
+def together(parts: list[Analysis]) -> Analysis:
+    found = Analysis(parts=parts)
+    for part in parts:
+        found.statements += part.statements
+        found.bound_literals += part.bound_literals
+        found.bound_parameters += part.bound_parameters
+        found.do_bodies += part.do_bodies
+        for name in ("reads", "writes", "functions", "settings", "flowing", "stored", "copied", "ranges"):
+            getattr(found, name).update(getattr(part, name))
+        for name in (
+            "without_where", "opaque", "row_functions", "copy_out", "transaction", "constant_sensitive", "too_deep",
+            "secret_options",
+        ):  # fmt: skip
+            setattr(found, name, getattr(found, name) or getattr(part, name))
+    return found

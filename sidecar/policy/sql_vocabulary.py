@@ -1,0 +1,154 @@
+"""The words of SQL that the walker knows: node names to statement kinds, and functions and fields of which it has an opinion."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KINDS: Final = {
+    "SelectStmt": "SELECT",
+    "InsertStmt": "INSERT",
+    "UpdateStmt": "UPDATE",
+    "DeleteStmt": "DELETE",
+    "MergeStmt": "MERGE",
+    "TruncateStmt": "TRUNCATE",
+    "CopyStmt": "COPY",
+    "ExplainStmt": "EXPLAIN",
+    "PrepareStmt": "PREPARE",
+    "ExecuteStmt": "EXECUTE",
+    "DeallocateStmt": "DEALLOCATE",
+    "DoStmt": "DO",
+    "CallStmt": "CALL",
+    "LockStmt": "LOCK",
+    "ListenStmt": "LISTEN",
+    "UnlistenStmt": "UNLISTEN",
+    "NotifyStmt": "NOTIFY",
+    "DiscardStmt": "DISCARD",
+    "VariableShowStmt": "SHOW",
+    "FetchStmt": "FETCH",
+    "DeclareCursorStmt": "DECLARE",
+    "ClosePortalStmt": "CLOSE",
+    "RenameStmt": "ALTER",
+    "IndexStmt": "CREATE",
+    "ViewStmt": "CREATE",
+    "DefineStmt": "CREATE",
+    "CompositeTypeStmt": "CREATE",
+    "RuleStmt": "CREATE",
+    "CommentStmt": "COMMENT",
+    "ClusterStmt": "CLUSTER",
+    "ReindexStmt": "REINDEX",
+    "RefreshMatViewStmt": "REFRESH",
+    "ReassignOwnedStmt": "REASSIGN",
+    "LoadStmt": "LOAD",
+    "CheckPointStmt": "CHECKPOINT",
+    "SecLabelStmt": "SECURITY LABEL",
+    "ImportForeignSchemaStmt": "IMPORT",
+}
+DDL: Final = frozenset({"CREATE", "ALTER", "DROP", "COMMENT", "IMPORT", "REFRESH", "REASSIGN"})
+OPAQUE: Final = frozenset({"DO", "CALL", "LOAD"})
+TRANSACTION: Final = (
+    "TRANSACTION",
+    "BEGIN",
+    "BEGIN",
+    "COMMIT",
+    "ROLLBACK",
+    "SAVEPOINT",
+    "RELEASE",
+    "ROLLBACK",
+    "PREPARE TRANSACTION",
+    "COMMIT",
+    "ROLLBACK",
+)
+"""By TransactionStmtKind."""
+STATEMENT_KINDS: Final = frozenset(
+    {
+        *KINDS.values(),
+        *TRANSACTION,
+        "DROP",
+        "ALTER",
+        "CREATE",
+        "SET",
+        "VACUUM",
+        "ANALYZE",
+        "GRANT",
+        "REVOKE",
+        "CONSTRAINTSSET",
+    }
+)
+"""Every word that `statement` may ask for."""
+ONLY_WRITTEN: Final = frozenset(
+    {"InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt", "TruncateStmt", "CreateStmt", "AlterTableStmt"}
+)
+"""Their `relation` is written, not read."""
+SAFE_TABLE_FUNCTIONS: Final = frozenset(
+    {
+        "generate_series",
+        "unnest",
+        "regexp_split_to_table",
+        "string_to_table",
+        "json_array_elements",
+        "jsonb_array_elements",
+        "json_array_elements_text",
+        "jsonb_array_elements_text",
+        "json_each",
+        "jsonb_each",
+        "json_each_text",
+        "jsonb_each_text",
+        "json_to_recordset",
+        "jsonb_to_recordset",
+        "json_object_keys",
+        "jsonb_object_keys",
+        "generate_subscripts",
+        "now",
+    }
+)
+TABLE_BY_NAME: Final = frozenset(
+    {
+        "query_to_xml",
+        "table_to_xml",
+        "schema_to_xml",
+        "database_to_xml",
+        "query_to_xml_and_xmlschema",
+        "table_to_xml_and_xmlschema",
+        "schema_to_xml_and_xmlschema",
+        "database_to_xml_and_xmlschema",
+        "cursor_to_xml",
+        "dblink",
+        "dblink_exec",
+        "pg_read_file",
+        "pg_read_binary_file",
+        "lo_export",
+        "lo_import",
+    }
+)
+ROW_FUNCTIONS: Final = frozenset(
+    {
+        "row_to_json", "to_json", "to_jsonb", "json_agg", "jsonb_agg", "json_build_array", "jsonb_build_array", "array_agg",
+        "concat", "record_out", "record_send", "quote_literal", "quote_nullable", "hstore", "xmlagg", "any_value", "max", "min",
+    }
+)  # fmt: skip
+"""May be called as if they were columns of a row: `c.to_json`."""
+SINKS: Final = frozenset(
+    {
+        "pg_notify", "set_config", "lo_from_bytea", "lo_put", "lowrite", "pg_logical_emit_message", "pg_file_write",
+        "dblink_send_query", "dblink_open", "dblink_connect",
+    }
+)  # fmt: skip
+"""Functions that put their arguments where no mask reaches."""
+COMPARES: Final = frozenset({"A_Expr", "FuncCall", "NullTest", "CaseExpr", "CoalesceExpr", "MinMaxExpr"})
+DEFINED: Final = ("into_clause", "into", "view", "relation", "rel", "table")
+"""Fields that name what a statement defines or changes."""
+MERGE_KINDS: Final = {3: "UPDATE", 4: "INSERT", 5: "DELETE"}
+NOT_FLOWING: Final = frozenset(
+    {
+        "where_clause",
+        "group_clause",
+        "sort_clause",
+        "having_clause",
+        "quals",
+        "join_using",
+        "limit_count",
+        "limit_offset",
+        "distinct_clause",
+    }
+)
+"""Parts whose columns decide about rows and do not become values of the result."""
