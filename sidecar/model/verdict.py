@@ -162,6 +162,10 @@ class Engine(Protocol):
         """True where a rule looks at a request's JSON body."""
         ...
 
+    def moment(self, now_ns: int) -> int:
+        """Grows whenever an `until` passes: verdicts that were kept since an earlier moment are void."""
+        ...
+
     def column_masks(
         self, facts: FlowFacts, database: str | None, user: str | None, *, observing: bool
     ) -> MaskPlan:

@@ -6,6 +6,7 @@ text (constants replaced), so that inline literals do not defeat the cache.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,6 +75,12 @@ class CompiledRule:
 
 
 _EPOCH: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
+
+
+def _instant(now_ns: int) -> datetime.datetime:
+    return _EPOCH + datetime.timedelta(microseconds=now_ns // 1000)
+
+
 _STRICTNESS: Final = {Action.ALLOW: 0, Action.MASK: 0, Action.HOLD: 1, Action.DENY: 2, Action.INVALID: 3}
 
 
@@ -103,7 +110,7 @@ class Policy:
     """The clock for `until`; without one a flow's opening time counts."""
     shape_safe: bool = field(init=False)
     """No rule looks at literals."""
-    _expires: bool = field(init=False)
+    _untils: list[datetime.datetime] = field(init=False)
     _cache: dict[Any, Verdict] = field(default_factory=dict, repr=False)
     _shapes: dict[Any, Verdict] = field(default_factory=dict, repr=False)
     _cache_bytes: int = 0
@@ -114,9 +121,13 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.shape_safe = not any(rule.looks_at_text for rule in self.rules)
-        self._expires = any(
-            rule.until is not None or any(item.until is not None for item in rule.exceptions)
-            for rule in self.rules
+        self._untils = sorted(
+            {
+                until
+                for rule in self.rules
+                for until in (rule.until, *(item.until for item in rule.exceptions))
+                if until is not None
+            }
         )
 
     def evaluate(self, operation: Operation, facts: FlowFacts) -> Verdict:
@@ -128,10 +139,14 @@ class Policy:
         self, operation: Operation, facts: FlowFacts, analysis: sql.Analysis | None = None
     ) -> Subject:
         """What rules are asked about."""
-        now_ns = self.now_ns() if self.now_ns is not None else facts.opened_ns
-        return Subject(
-            operation, facts, analysis, now=_EPOCH + datetime.timedelta(microseconds=now_ns // 1000)
-        )
+        return Subject(operation, facts, analysis, now=self._now(facts))
+
+    def moment(self, now_ns: int) -> int:
+        """How many `until`s have passed."""
+        return bisect.bisect_right(self._untils, _instant(now_ns))
+
+    def _now(self, facts: FlowFacts) -> datetime.datetime:
+        return _instant(self.now_ns() if self.now_ns is not None else facts.opened_ns)
 
     def column_masks(
         self, facts: FlowFacts, database: str | None, user: str | None, *, observing: bool
@@ -194,6 +209,7 @@ class Policy:
             operation.database,
             operation.user,
             operation.standard_conforming_strings,
+            bisect.bisect_right(self._untils, self._now(facts)) if self._untils else 0,
         )
         known = self._cache.get(key)
         if known is not None:
@@ -202,7 +218,7 @@ class Policy:
             # The server would end literals elsewhere than the grammar here does: `'\\'; DROP …`.
             analysis = sql.Analysis(unjudged="a backslash while standard_conforming_strings is off")
             return self._judge(self.subject(operation, facts, analysis))
-        cacheable = len(text) <= CACHE_TEXT_BYTES and not self._expires
+        cacheable = len(text) <= CACHE_TEXT_BYTES
         shape = None
         if (
             cacheable

@@ -98,7 +98,9 @@ class PolicySource:
         )
 
     def _compile(self, text: str) -> Policy:
-        return load_policy(text, str(self._path), hash_key=self._hash_key, upstream=self._upstream)
+        return load_policy(
+            text, str(self._path), hash_key=self._hash_key, upstream=self._upstream, now_ns=time.time_ns
+        )
 
     def _stat(self) -> tuple[int, int, int]:
         assert self._path is not None

@@ -93,6 +93,7 @@ class Worker:
         self.listeners = listeners
         self.servers: list[asyncio.Server] = []
         self.engine: Engine = builtin_policy()
+        self._moment = 0
         self.writer: StreamWriter | None = None
         self.sync_strict = False
         self.on_full_drop = False
@@ -165,8 +166,17 @@ class Worker:
             self.engine = builtin_policy()
         else:
             self.engine = load_policy(
-                message.text, message.file, hash_key=message.hash_key, upstream=message.upstream
+                message.text,
+                message.file,
+                hash_key=message.hash_key,
+                upstream=message.upstream,
+                now_ns=time.time_ns,
             )
+        self._engine_changed()
+
+    def _engine_changed(self) -> None:
+        """Also where an `until` has passed: sessions keep decisions."""
+        self._moment = self.engine.moment(time.time_ns())
         for flow in list(self.flows.values()):
             flow.engine_changed()
 
@@ -195,6 +205,8 @@ class Worker:
         self.link.send(link.Ready())
 
     def _beat(self) -> None:
+        if self.engine.moment(time.time_ns()) != self._moment:
+            self._engine_changed()
         stats = []
         for name, flow in self.flows.items():
             now = (flow.requests, flow.denied, flow.bytes_client, flow.bytes_server, len(flow.holds))
