@@ -30,6 +30,11 @@ SETUP_FAILED: Final = 125
 CANNOT_RUN: Final = 126
 NOT_FOUND: Final = 127
 """As env(1), timeout(1) and docker run."""
+NOT_RUN_HINTS: Final = {
+    errno.ENOENT: "is it installed, and in PATH? a script's first line (#!) may name what is not",
+    errno.EACCES: "is it a program that this user may run? chmod +x makes a script one",
+    errno.ENOEXEC: "a script begins with #! and what runs it",
+}
 
 MAX_FRAME_BYTES: Final = 16 * 1024 * 1024
 """The kernel's own bound for arguments and environment is a quarter of the stack limit: 2 MiB as a rule."""
@@ -269,7 +274,7 @@ class Front:
         reason = os.strerror(number)
         if stage == "exec":
             self._failed_status = NOT_FOUND if number == errno.ENOENT else CANNOT_RUN
-            say(f"{name}: {reason}")
+            say(f"{name}: {reason}\nhint: {NOT_RUN_HINTS.get(number, 'try it without Sidecar')}")
         else:
             self._failed_status = SETUP_FAILED
             say(f"{name} was not started: {stage}: {reason}")

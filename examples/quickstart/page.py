@@ -71,10 +71,13 @@ def stop(state: Path) -> bool:
     return True
 
 
-def stop_all(states: Path) -> list[str]:
-    """Stop every page; remove states and far hosts of quickstarts that have ended. Says what was done."""
+def stop_all(states: Path, only: str = "") -> list[str]:
+    """Stop every page, or that of one state; remove states and far hosts of quickstarts that have ended. Says what was
+    done."""
     done = []
     for state in sorted(states.glob(STATE_PREFIX + "*")):
+        if only and Path(only).name != state.name:
+            continue
         running = state / "pid"
         if running.exists() and Path("/proc", running.read_text().strip()).exists():
             done.append(f"kept {state}: its quickstart is running")

@@ -29,6 +29,7 @@ from issuer import issue_token
 from story import Story
 
 HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent.parent
 REPORT = HERE.parent / "nightly-report.sh"
 SIDECAR = str(Path(sys.executable).with_name("sidecar"))
 STATES = Path("/var/lib/sidecar")
@@ -134,7 +135,7 @@ def tell(state: Path, with_page: bool) -> Story:
             (state / f"report-{name}.txt").write_text(output)
         screen.show(story)
         if with_page:
-            screen.show_page(collector, state)
+            screen.show_page(collector, state, story.denied_record())
     return story
 
 
@@ -156,39 +157,73 @@ def traces() -> list[str]:
     return [trace for trace in all_traces() if not any(name in trace for name in live)]
 
 
+def run_in_terminal(argv: list[str], environment: dict[str, str]) -> int:
+    """The command has the terminal, its keys too: Ctrl-C is for it to act on (psql goes on), and what ends us is
+    handed on, so that it ends as it would alone."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda *_: None)  # a handler, which ends with exec; ignoring would be inherited
+    process = subprocess.Popen(argv, env=environment)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
 def steer(state: Path, command: list[str], with_page: bool) -> int:
     """One command of the caller's, on the quickstart's configuration. Its exit status."""
     collector = page.start(state)
     config = write_configuration(state, collector.address)
     token = issue_token(state / "jwks.json")
     environment = {**os.environ, "SIDECAR_ID_TOKEN": token}
-    status = subprocess.call([SIDECAR, "exec", "-c", str(config), "--", *command], env=environment)
+    status = run_in_terminal([SIDECAR, "exec", "-c", str(config), "--", *command], environment)
     if with_page:
-        note(f"policy and records: {state}")
         screen.show_page(collector, state, file=sys.stderr)
     return status
+
+
+def give_back() -> None:
+    """What Python compiled while we were root belongs to the checkout's owner, who could not remove it otherwise."""
+    owner = CHECKOUT.stat()
+    if owner.st_uid == 0:
+        return
+    for directory in (CHECKOUT / "sidecar", CHECKOUT / "examples"):
+        for cache in directory.rglob("__pycache__"):
+            for path in (cache, *cache.iterdir()):
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and the command after the first `--`, which may hold a `--` of its own."""
+class Arguments(argparse.ArgumentParser):
+    """Says what is wrong as all our commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"quickstart: error: {message}\n  hint: scripts/quickstart -- CMD…, or --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """Our own arguments, and the command after the first `--`, which may hold a `--` of its own; None without `--`."""
     if "--" not in words:
-        return words, []
+        return words, None
     at = words.index("--")
     return words[:at], words[at + 1 :]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(usage="scripts/quickstart [--no-page | --stop] [-- CMD…]")
+    parser = Arguments(prog="quickstart", usage="scripts/quickstart [--no-page | --stop [STATE]] [-- CMD…]")
     parser.add_argument("--no-page", action="store_true", help="do not leave the page running")
-    parser.add_argument("--stop", action="store_true", help="stop pages and remove what quickstarts left")
+    parser.add_argument(
+        "--stop", nargs="?", const="", metavar="STATE", help="stop pages and remove what quickstarts left"
+    )
     arguments, command = _split(sys.argv[1:])
     options = parser.parse_args(arguments)
-    if options.stop:
-        for line in page.stop_all(STATES):
+    if command is not None and not command:
+        parser.error("there is no command after --")
+    if options.stop is not None:
+        for line in page.stop_all(STATES, only=options.stop):
             print(line)
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -212,6 +247,7 @@ def main() -> int:
         if not kept:
             page.stop(state)
             shutil.rmtree(state, ignore_errors=True)
+        give_back()
 
 
 if __name__ == "__main__":

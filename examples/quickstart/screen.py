@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -13,6 +14,8 @@ from page import Page
 from story import Story
 
 WIDTH = 100
+"""Two columns need it; on a narrower terminal what came before stands above what came after."""
+MIN_WIDTH = 60
 LABEL = 10
 COLUMN = 40
 HASH_LENGTH = 32
@@ -29,16 +32,27 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def width() -> int:
+    """What may be printed in one line; a file or a pipe gets all of it."""
+    columns = shutil.get_terminal_size((WIDTH, 50)).columns if sys.stdout.isatty() else WIDTH
+    return max(MIN_WIDTH, min(WIDTH, columns))
+
+
 def head(title: str, remark: str = "") -> None:
     print(f"\n{tint(title, 'head')}" + (f"  {tint(remark, 'dim')}" if remark else ""))
 
 
 def pair(label: str, before: str, after: str) -> None:
+    room = width()
+    if room < WIDTH:
+        print(f"  {label:<{LABEL}}{clip(before, room - LABEL - 2)}".rstrip())
+        print(f"  {'->':>{LABEL - 1}} {clip(after, room - LABEL - 2)}")
+        return
     print(f"  {label:<{LABEL}}{clip(before, COLUMN):<{COLUMN + 2}}{clip(after, WIDTH - LABEL - COLUMN - 4)}")
 
 
 def row(label: str, text: str) -> None:
-    for line in textwrap.wrap(text, WIDTH - LABEL - 2) or [""]:
+    for line in textwrap.wrap(text, width() - LABEL - 2) or [""]:
         print(f"  {label:<{LABEL}}{line}")
         label = ""
 
@@ -151,7 +165,16 @@ def _cost(story: Story) -> None:
     pair("connect", f"{before:.0f} ms", f"{after:.0f} ms")
 
 
-def show_page(page: Page, state: Path, file: TextIO | None = None) -> None:
-    out = file or sys.stdout
-    print(f"\npage      http://{page.address}/   (stop and remove it: ./scripts/quickstart --stop)", file=out)
-    print(f"records   {state}", file=out)
+def show_page(page: Page, state: Path, record: str = "ID", file: TextIO | None = None) -> None:
+    """Where to look further. `record`: one that was denied, to ask about."""
+    sidecar = os.path.relpath(Path(sys.executable).with_name("sidecar"))
+    if sidecar.startswith(".."):
+        sidecar = str(Path(sys.executable).with_name("sidecar").absolute())
+    root = "sudo " if "SUDO_USER" in os.environ else ""
+    print(
+        f"\npage      http://{page.address}/\n"
+        f"records   {state}\n"
+        f"why       {root}{sidecar} why {record} --directory {state / 'audit'}\n"
+        "stop      ./scripts/quickstart --stop    (ends the page and removes the records)",
+        file=file or sys.stdout,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class Story:
             elif inside and line.strip():
                 lines.append(line)
         return lines
+
+    def denied_record(self) -> str:
+        """The short id that the first denial in the steered report names."""
+        named = re.search(r"sidecar why ([0-9a-f]+)", self.steered)
+        return named[1] if named else "ID"
 
     def failures(self) -> list[str]:
         """Each promise that was not kept."""

@@ -14,6 +14,7 @@ from sidecar.control.client import MIN_SHORT_ID
 from sidecar.errors import AuditError, ControlError
 from sidecar.model.ids import short_id
 
+NO_NAME: Final = "its address alone; a rule that denies, masks or holds for some host name applies as well"
 MAX_TEXT_CHARS: Final = 2000
 
 
@@ -110,7 +111,7 @@ def facts(record: dict[str, Any]) -> dict[str, str]:
     found = {
         "protocol": target.get("protocol"),
         "host": f"{target['host']}:{target.get('port', '')}" if target.get("host") else None,
-        "host known from": target.get("host_source"),
+        "host known from": NO_NAME if target.get("host_source") == "address" else target.get("host_source"),
         "database": target.get("database"),
         "user": target.get("user"),
         "statement": ", ".join(operation.get("statements") or ()) or operation.get("method"),
