@@ -120,7 +120,7 @@ def facts(record: dict[str, Any]) -> dict[str, str]:
         "text": _text(operation),
         "principal": principal.get("subject"),
         "issuer": principal.get("issuer"),
-        "no principal": record.get("identity_error"),
+        "no principal": _identity_reason(record.get("identity_error")),
         "process": " ".join(
             str(part) for part in (origin.get("exe"), _prefixed("pid", origin.get("pid"))) if part
         ),
@@ -135,6 +135,15 @@ def facts(record: dict[str, Any]) -> dict[str, str]:
 
 def _prefixed(name: str, value: object) -> str:
     return f"{name} {value}" if value is not None else ""
+
+
+def _identity_reason(word: str | None) -> str | None:
+    """The word of the closed vocabulary, and what it means."""
+    if word is None:
+        return None
+    from sidecar.identity.verify import REASONS
+
+    return f"{word}: {REASONS[word]}" if word in REASONS else word
 
 
 def _text(operation: dict[str, Any]) -> str:
