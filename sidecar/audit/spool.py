@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgpack
+
 from sidecar.audit import chain, hostkey
 from sidecar.audit.batch import MAX_BATCH_BYTES, Batch, Header
 from sidecar.audit.encode import encode_record
@@ -33,7 +35,7 @@ from sidecar.audit.segment import (
 )
 from sidecar.errors import AuditError
 from sidecar.model.ids import IdSource
-from sidecar.model.record import RECORD_VERSION, Record
+from sidecar.model.record import RECORD_VERSION, EncodedRecord, Record
 
 SEGMENT_BYTES: Final = 64 * 1024 * 1024
 READ_BYTES: Final = 4 * 1024 * 1024
@@ -45,10 +47,15 @@ _pack = FRAME.pack
 _write = os.write
 
 
+def place_of(host: str, stream: str) -> bytes:
+    """Where in its chain an encoded record stands, up to the sequence's value: what goes between its two parts."""
+    return b"".join(bytes(msgpack.packb(item)) for item in ("host", host, "stream", stream, "seq"))
+
+
 class StreamWriter:
     """A worker's end of its stream: one O_APPEND descriptor. Not thread-safe."""
 
-    __slots__ = ("_done", "_head", "_rest", "_seq", "_written", "fd", "full", "host", "stream")
+    __slots__ = ("_done", "_head", "_place", "_rest", "_seq", "_written", "fd", "full", "host", "stream")
 
     def __init__(self, fd: int, *, stream: str, host: str, head: bytes, next_seq: int) -> None:
         self.fd = fd
@@ -57,20 +64,17 @@ class StreamWriter:
         self.full = False
         self._head = head
         self._seq = next_seq
+        self._place = place_of(host, stream)
         self._written = os.fstat(fd).st_size
         self._rest = b""
         self._done: set[str] = set()
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record | EncodedRecord) -> None:
         """Raises AuditError where the file cannot take it; call again later with the same record."""
         if self._rest or self._done:
             self.append_many([record])
             return
-        record.v = RECORD_VERSION
-        record.host = self.host
-        record.stream = self.stream
-        record.seq = self._seq
-        data = encode_record(record)
+        data = self._encode(record, self._seq)
         head = _sha256(self._head + data).digest()
         frame = _pack(len(data), head) + data
         try:
@@ -85,7 +89,17 @@ class StreamWriter:
         if self._written >= SEGMENT_BYTES:
             self.full = True
 
-    def append_many(self, records: list[Record]) -> None:
+    def _encode(self, record: Record | EncodedRecord, seq: int) -> bytes:
+        if type(record) is EncodedRecord:
+            return b"%b%b\xcf%b%b" % (record.front, self._place, seq.to_bytes(8, "big"), record.rest)
+        assert type(record) is Record
+        record.v = RECORD_VERSION
+        record.host = self.host
+        record.stream = self.stream
+        record.seq = seq
+        return encode_record(record)
+
+    def append_many(self, records: list[Record | EncodedRecord]) -> None:
         """All or none, with one write. Raises AuditError as `append`."""
         if self._rest:
             self._finish_rest()
@@ -98,11 +112,7 @@ class StreamWriter:
         head, seq = self._head, self._seq
         parts = bytearray()
         for record in records:
-            record.v = RECORD_VERSION
-            record.host = self.host
-            record.stream = self.stream
-            record.seq = seq
-            data = encode_record(record)
+            data = self._encode(record, seq)
             head = _sha256(head + data).digest()
             parts += _pack(len(data), head)
             parts += data
@@ -127,7 +137,7 @@ class StreamWriter:
         self.full = False
         return old
 
-    def _cut(self, rest: bytes, records: list[Record]) -> None:
+    def _cut(self, rest: bytes, records: list[Record | EncodedRecord]) -> None:
         """The file took a part: the records count as written once the rest follows, and are not written again."""
         self._rest = rest
         self._done.update(record.id for record in records)
@@ -291,12 +301,14 @@ class Spool:
         self._failure = failure
 
     def _advance(self, stream: _Stream) -> None:
+        """What was written up to now; what is written meanwhile is the next commit's, so that commits stay groups."""
+        upto = os.fstat(stream.segments[0].fd).st_size
+        if upto > stream.segments[0].offset:
+            os.fdatasync(stream.segments[0].fd)
         while True:
             segment = stream.segments[0]
-            if os.fstat(segment.fd).st_size > segment.offset:
-                os.fdatasync(segment.fd)
-                if self._read(stream, segment):
-                    continue
+            if upto > segment.offset and self._read(stream, segment):
+                continue
             if len(stream.segments) == 1:
                 return
             following = stream.segments[1]
@@ -309,7 +321,7 @@ class Spool:
 
     def _read(self, stream: _Stream, segment: _Segment) -> bool:
         """Verify and sign the next whole frames. False where there are none."""
-        size = READ_BYTES
+        size = min(READ_BYTES, max(os.fstat(segment.fd).st_size - segment.offset, 0))
         data = os.pread(segment.fd, size, segment.offset)
         if len(data) >= FRAME.size:
             needed = FRAME.size + FRAME.unpack_from(data)[0]

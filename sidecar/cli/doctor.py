@@ -106,6 +106,7 @@ def own_checks(config_file: Path | None) -> list[OwnCheck]:
         _policy(config),
         *(issuer_keys(issuer.issuer, issuer.jwks) for issuer in config.identity.issuers),
         audit_directory(Path(config.audit.directory)),
+        short_way(),
     ]
 
 
@@ -136,6 +137,18 @@ def issuer_keys(issuer: str, jwks: str) -> OwnCheck:
             )
         # Keys are there; whether one fits is up to the token.
     return OwnCheck("identity", True, f"{issuer}: keys read from {jwks}")
+
+
+def short_way() -> OwnCheck:
+    """Whether the fast lane of PostgreSQL sessions was compiled. Without it nothing is missing but speed, so this never fails."""
+    from sidecar.session.postgres_lane import COMPILED
+
+    found = (
+        "compiled"
+        if COMPILED
+        else "not compiled: PostgreSQL statements cost about twice as much; see docs/operations.md"
+    )
+    return OwnCheck("PostgreSQL fast lane", True, found)
 
 
 def audit_directory(directory: Path) -> OwnCheck:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -92,6 +93,9 @@ class _Outcome:
     masking: list[CompiledRule] = field(default_factory=list)
     would: str | None = None
     needs: set[str] = field(default_factory=set)
+
+
+_MAY_HOLD_LITERAL: Final = re.compile(r"['0-9]")
 
 
 @dataclass(slots=True)
@@ -223,7 +227,7 @@ class Policy:
         if (
             cacheable
             and self.shape_safe
-            and ("'" in text or any(char.isdigit() for char in text))
+            and _MAY_HOLD_LITERAL.search(text) is not None
             and not sql.may_hold_secrets(text)
         ):
             shape = sql.normalise(text)

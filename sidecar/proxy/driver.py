@@ -12,7 +12,6 @@ import logging
 import select
 import socket
 import ssl
-import struct
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from sidecar.errors import AuditError
 from sidecar.model.flow import Address, Side
 from sidecar.model.reasons import CloseReason
-from sidecar.model.record import Record
+from sidecar.model.record import EncodedRecord, Record
 from sidecar.proxy import limits
+from sidecar.proxy.hop import Hop
 from sidecar.session.commands import (
     CloseFlow,
     Command,
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSE_PEER: Final = 1
-"""The other side's write buffer is full."""
 PAUSE_SESSION: Final = 2
 PAUSE_SPOOL: Final = 4
 """A record waits for the spool, or new requests are blocked."""
@@ -53,54 +51,6 @@ RESET_REASONS: Final = frozenset(
     {CloseReason.UPSTREAM_UNREACHABLE, CloseReason.RESET, CloseReason.ORIGIN_UNKNOWN, CloseReason.NOT_STEERED}
 )
 """Ends that the client sees as a reset, as near to the server's own refusal as can be."""
-
-
-class Hop(asyncio.Protocol):
-    """One of the two connections of a flow."""
-
-    __slots__ = ("eof", "flow", "lost", "paused", "side", "transport")
-
-    def __init__(self, side: Side, flow: FlowDriver | None = None) -> None:
-        self.side = side
-        self.flow = flow
-        self.transport: asyncio.Transport | None = None
-        self.paused = 0
-        self.eof = False
-        self.lost = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by shape, not by class
-        self.transport.set_write_buffer_limits(high=limits.WRITE_HIGH_WATER)
-
-    def data_received(self, data: bytes) -> None:
-        if self.flow is not None:
-            self.flow.received(self, data)
-
-    def eof_received(self) -> bool:
-        if self.flow is not None:
-            self.flow.ended(self)
-        return True  # keep the other direction: half-close is the session's to decide
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
-        if self.flow is not None:
-            self.flow.lost(self, exc)
-
-    def pause_writing(self) -> None:
-        if self.flow is not None:
-            self.flow.pause(self.flow.other(self), PAUSE_PEER, True)
-
-    def resume_writing(self) -> None:
-        if self.flow is not None:
-            self.flow.pause(self.flow.other(self), PAUSE_PEER, False)
-
-    def reset(self) -> None:
-        """Close with RST instead of FIN."""
-        if self.transport is not None and not self.lost:
-            sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
 
 
 class FlowDriver:
@@ -135,7 +85,7 @@ class FlowDriver:
         self.worker = worker
         self.loop = worker.loop
         self.client = client
-        self.server = Hop(Side.SERVER, self)
+        self.server = Hop(worker.gate, from_client=False)
         self.session = session
         self.flow = flow
         self.address = address
@@ -152,7 +102,13 @@ class FlowDriver:
         self._pending: deque[Command] = deque()
         self._waiting_input: deque[tuple[Hop, bytes | None]] = deque()
         self._retry: asyncio.TimerHandle | None = None
-        client.flow = self
+        client.flow = self.server.flow = self
+        client.peer, self.server.peer = self.server, client
+        self._find_lane()
+
+    def _find_lane(self) -> None:
+        """A session that has just found out what is spoken may have a lane now."""
+        self.client.lane = self.server.lane = getattr(self.session, "lane", None)
 
     # -- events of the transports
 
@@ -178,10 +134,11 @@ class FlowDriver:
             self.pause(hop, PAUSE_SPOOL, True)
             return
         try:
-            commands = self.session.receive(hop.side, data, time.time_ns())
-            self._carry_out(commands)
+            self.carry_out(self.session.receive(hop.side, data, time.time_ns()))
         except Exception:  # noqa: BLE001 - the worker outlives any fault of one session; the flow ends, closed
-            self._fault()
+            self.fault()
+        if hop.lane is None:
+            self._find_lane()
 
     def ended(self, hop: Hop) -> None:
         if self.closed:
@@ -247,15 +204,15 @@ class FlowDriver:
 
     def _drive(self, event: str, *arguments: object) -> None:
         try:
-            self._carry_out(getattr(self.session, event)(*arguments, time.time_ns()))
+            self.carry_out(getattr(self.session, event)(*arguments, time.time_ns()))
         except Exception:  # noqa: BLE001 - as in `received`
-            self._fault()
+            self.fault()
 
-    def _carry_out(self, commands: list[Command]) -> None:
+    def carry_out(self, commands: list[Command]) -> None:
         if self.blocked:
             self._pending.extend(commands)
             return
-        records: list[Record] = []
+        records: list[Record | EncodedRecord] = []
         for index, command in enumerate(commands):
             kind = type(command)
             if kind is Send:
@@ -275,7 +232,7 @@ class FlowDriver:
         if records:
             self._append(records, commands, len(commands))
 
-    def _append(self, records: list[Record], commands: list[Command], index: int) -> bool:
+    def _append(self, records: list[Record | EncodedRecord], commands: list[Command], index: int) -> bool:
         """Append and clear `records`. False: the rest of `commands`, from `index`, waits."""
         try:
             self.worker.append(records)
@@ -289,7 +246,7 @@ class FlowDriver:
             if record.kind == "request":
                 strict = self.worker.sync_strict
                 self.requests += 1
-                if record.verdict is not None and record.verdict.action == "deny":
+                if type(record) is Record and record.verdict is not None and record.verdict.action == "deny":
                     self.denied += 1
         records.clear()
         if strict:
@@ -322,9 +279,9 @@ class FlowDriver:
         self.blocked = False
         rest, self._pending = list(self._pending), deque()
         try:
-            self._carry_out(rest)
+            self.carry_out(rest)
         except Exception:  # noqa: BLE001 - as in `received`
-            self._fault()
+            self.fault()
         if not self.blocked and not self.closed:
             self._replay()
 
@@ -377,7 +334,9 @@ class FlowDriver:
     async def _connect(self) -> None:
         try:
             async with asyncio.timeout(limits.CONNECT_TIMEOUT_S):
-                await self.loop.create_connection(lambda: self.server, self.address.host, self.address.port)
+                await self.loop.create_connection(
+                    lambda: cast(asyncio.Protocol, self.server), self.address.host, self.address.port
+                )
         except (OSError, TimeoutError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
             self.abort(CloseReason.UPSTREAM_UNREACHABLE, f"{self.address}: {reason}")
@@ -401,7 +360,7 @@ class FlowDriver:
             context = self.worker.tls_context(command.verify, command.ca_file)
             upgraded = await self.loop.start_tls(
                 transport,
-                self.server,
+                cast(asyncio.Protocol, self.server),
                 context,
                 server_hostname=command.server_name or "",
                 ssl_handshake_timeout=limits.TLS_HANDSHAKE_TIMEOUT_S,
@@ -433,7 +392,7 @@ class FlowDriver:
         else:
             transport.resume_reading()
 
-    def _fault(self) -> None:
+    def fault(self) -> None:
         log.exception("flow %s: fault of the inspector; the flow is ended", self.flow)
         if self.closed:
             return
@@ -441,7 +400,7 @@ class FlowDriver:
             commands = self.session.abort(
                 CloseReason.INTERNAL_ERROR, "fault of the inspector", time.time_ns()
             )
-            self._carry_out(commands)
+            self.carry_out(commands)
         except Exception:
             log.exception("flow %s: the session could not be ended in order", self.flow)
         if not self.closed and not self.blocked:

@@ -20,21 +20,22 @@ import socket
 import ssl
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
 from sidecar.audit.spool import StreamWriter
 from sidecar.errors import AuditError, SidecarError
 from sidecar.kernel.original_destination import original_destination
-from sidecar.model.flow import FlowFacts, Side
+from sidecar.model.flow import FlowFacts
 from sidecar.model.ids import IdSource
 from sidecar.model.reasons import CloseReason, GapReason
-from sidecar.model.record import Record
+from sidecar.model.record import EncodedRecord, Record
 from sidecar.model.verdict import Engine
 from sidecar.policy import builtin_policy, load_policy
 from sidecar.proxy import limits, link
-from sidecar.proxy.driver import PAUSE_SPOOL, FlowDriver, Hop
+from sidecar.proxy.driver import PAUSE_SPOOL, FlowDriver
+from sidecar.proxy.hop import Gate, Hop
 from sidecar.session.commands import OpenHold, SessionLimits
 from sidecar.session.context import SessionContext
 from sidecar.session.factory import make_session
@@ -50,34 +51,17 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 class Accepted(Hop):
     """A client that has connected and is not known yet: not read until the supervisor has said who it is."""
 
-    __slots__ = ("early", "resolve_id", "worker")
+    __slots__ = ("resolve_id", "worker")
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(Side.CLIENT)
+        super().__init__(worker.gate, from_client=True)
         self.worker = worker
         self.resolve_id = 0
-        self.early: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        assert self.transport is not None
         self.transport.pause_reading()
         self.worker.accepted(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self.flow is not None:
-            self.flow.received(self, data)
-            return
-        # uvloop starts reading after connection_made, whatever was paused there: one chunk comes through.
-        self.early.append(data)
-        if self.transport is not None:
-            self.transport.pause_reading()
-
-    def eof_received(self) -> bool:
-        if self.flow is None:
-            self.early.append(b"")
-            return True
-        return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -95,6 +79,7 @@ class Worker:
         self.engine: Engine = builtin_policy()
         self._moment = 0
         self.writer: StreamWriter | None = None
+        self.gate = Gate()
         self.sync_strict = False
         self.on_full_drop = False
         self._dropped = 0
@@ -132,6 +117,7 @@ class Worker:
                     response_max_bytes=message.response_max_bytes,
                 )
                 self.host = message.host
+                self._set_gate()
             case link.PolicyText():
                 self._take_policy(message)
             case link.Segment():
@@ -148,11 +134,17 @@ class Worker:
                     flow.hold_decided(message.hold_id, message.outcome, message.by, message.reason)
             case link.Block():
                 self.blocked = message.reason
+                self._set_gate()
                 if not message.reason:
                     for flow in list(self.flows.values()):
                         flow.unblocked()
             case link.Drain():
                 self.loop.create_task(self._drain(message.grace_s))
+
+    def _set_gate(self) -> None:
+        """After whatever has a say in it."""
+        waits = self.sync_strict or self._failing or self._dropped or self.blocked
+        self.gate.set(self.writer, not waits)
 
     def _on_supervisor_gone(self) -> None:
         """Without a supervisor nothing is signed or resolved: end every flow in its own protocol, then go."""
@@ -192,6 +184,7 @@ class Worker:
             head=message.head,
             next_seq=message.next_seq,
         )
+        self._set_gate()
         if not self.servers:
             self.loop.create_task(self._listen())
 
@@ -199,7 +192,7 @@ class Worker:
         for sock in self.listeners:
             self.servers.append(
                 await self.loop.create_server(
-                    lambda: Accepted(self), sock=sock, backlog=limits.LISTEN_BACKLOG
+                    lambda: cast(asyncio.Protocol, Accepted(self)), sock=sock, backlog=limits.LISTEN_BACKLOG
                 )
             )
         self.link.send(link.Ready())
@@ -296,7 +289,7 @@ class Worker:
 
     # -- what drivers ask for
 
-    def append(self, records: list[Record]) -> None:
+    def append(self, records: list[Record | EncodedRecord]) -> None:
         """Append to the stream. Raises AuditError where the spool cannot take them."""
         writer = self.writer
         if writer is None:
@@ -314,11 +307,18 @@ class Worker:
             self._dropped += len(records)
             self.append_failed(str(error))
             return
-        self._dropped = 0
         if self._failing:
             self._failing = False
             self.link.send(link.AuditRecovered())
-        if writer.full and not self._asked_for_segment:
+        if self._dropped or not self.gate.open:
+            self._dropped = 0
+            self._set_gate()
+        if writer.full:
+            self.segment_full()
+
+    def segment_full(self) -> None:
+        """Ask for the next one, once."""
+        if not self._asked_for_segment:
             self._asked_for_segment = True
             self.link.send(link.NeedSegment())
 
@@ -336,6 +336,7 @@ class Worker:
     def append_failed(self, detail: str) -> None:
         if not self._failing:
             self._failing = True
+            self._set_gate()
             self.link.send(link.AuditFailed(detail))
 
     async def sync(self) -> None:

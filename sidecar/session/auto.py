@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sidecar.codecs import detect, tls_hello
 from sidecar.model.flow import Side
 from sidecar.model.reasons import CloseReason, GapReason
@@ -11,6 +13,9 @@ from sidecar.session.context import SessionContext
 from sidecar.session.http import HttpSession
 from sidecar.session.opaque import OpaqueSession
 from sidecar.session.postgres import PostgresSession
+
+if TYPE_CHECKING:
+    from sidecar.session.postgres_lane import Lane
 
 
 class AutoSession:
@@ -28,6 +33,10 @@ class AutoSession:
     def start(self, now_ns: int) -> list[Command]:
         """Nothing is known yet; the driver calls `settle` where the client stays silent."""
         return []
+
+    @property
+    def lane(self) -> Lane | None:
+        return self._inner.lane if isinstance(self._inner, PostgresSession) else None
 
     def upstream_connected(self, now_ns: int) -> list[Command]:
         return self._inner.upstream_connected(now_ns) if self._inner else []

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 
 from sidecar.model.flow import Side
 from sidecar.model.reasons import CloseReason
-from sidecar.model.record import Record
+from sidecar.model.record import EncodedRecord, Record
 from sidecar.model.verdict import ApproveTerms, Engine
 
 
@@ -29,7 +29,7 @@ class Send:
 class WriteRecord:
     """Append a record to the worker's stream before any later command is carried out."""
 
-    record: Record
+    record: Record | EncodedRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import deque
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -37,12 +37,16 @@ from sidecar.session.commands import (
     Send,
     SignAssertion,
     WithdrawHold,
+    WriteRecord,
 )
 from sidecar.session.context import SessionContext, denial_message
 from sidecar.session.postgres_catalog import SNAPSHOT_QUERY
 from sidecar.session.postgres_cycle import Cycles
 from sidecar.session.postgres_exchange import Decision, Exchange, Held, Portal, Prepared, candidates
 from sidecar.session.postgres_startup import CLIENT, REQUIRES_TLS_DETAIL, SERVER
+
+if TYPE_CHECKING:
+    from sidecar.session.postgres_lane import Lane
 
 REJECTED_TEXT: Final = b"sidecar: refused before it was sent"
 """Stands in for a refused statement: no grammar accepts it, whatever the transaction's state."""
@@ -62,10 +66,6 @@ class PostgresSession(Cycles):
 
     def __init__(self, context: SessionContext) -> None:
         super().__init__(context)
-        self._segment = 0
-        """Counts the client's Syncs: the server skips to the end of a segment after any failure in it."""
-        self._open_segment = False
-        self._order = 0
         self._copy_run: Exchange | None = None
         self._passing_client = 0
         self._held: Held | None = None
@@ -79,10 +79,15 @@ class PostgresSession(Cycles):
         self._view: Any = None
         self._from = 0
 
+    @property
+    def lane(self) -> Lane | None:
+        """The short way, which a driver may ask by itself as long as it is armed (see postgres_lane)."""
+        return self._lane
+
     # -- events
 
     def start(self, now_ns: int) -> list[Command]:
-        self._now = now_ns
+        self._at(now_ns)
         self._open()
         return self._take()
 
@@ -98,17 +103,41 @@ class PostgresSession(Cycles):
         return self._take()
 
     def receive(self, side: Side, data: bytes, now_ns: int) -> list[Command]:
-        self._now = now_ns
+        from_client = side is CLIENT
+        lane = self._lane
+        if lane is not None and lane.armed:
+            record = lane.client(data, now_ns) if from_client else lane.server(data, now_ns)
+            if record is not None:
+                return [WriteRecord(record), Send(SERVER if from_client else CLIENT, data)]
+        self._bytes[0 if from_client else 1] += len(data)
+        self._at(now_ns)
         try:
-            if side is CLIENT:
-                self._bytes[0] += len(data)
+            if from_client:
                 self._from_client(data)
             else:
-                self._bytes[1] += len(data)
                 self._from_server(data)
+                if not self._pending:
+                    self._arm()
         except (LimitExceeded, ProtocolError) as error:
             self._broken(side, error)
         return self._take()
+
+    def _at(self, now_ns: int) -> None:
+        """Every event but those that the lane takes begins here."""
+        self._now = now_ns
+        if self._lane is not None and self._lane.armed:
+            self._leave()
+
+    def _quiet(self) -> bool:
+        return (
+            self._phase == "ready"
+            and self._injecting is None
+            and self._held is None
+            and not (self._pending or self._open_segment or self._skipping or self._copying or self._reassert)
+            and not (self._passing_client or self._passing_server or self._notices or self._held_ready)
+            and not (len(self._client) or len(self._server) or self._early_client)
+            and not (self._closed or self._client_eof)
+        )
 
     def _broken(self, side: Side, error: LimitExceeded | ProtocolError) -> None:
         if isinstance(error, LimitExceeded):
@@ -117,7 +146,7 @@ class PostgresSession(Cycles):
             self._fail("08P01", error.message, CloseReason.PROTOCOL_ERROR, f"{side.value}: {error.message}")
 
     def eof(self, side: Side, now_ns: int) -> list[Command]:
-        self._now = now_ns
+        self._at(now_ns)
         if side is SERVER:
             self._close(CloseReason.SERVER_CLOSED)
             return self._take()
@@ -135,7 +164,7 @@ class PostgresSession(Cycles):
         return self._take()
 
     def assertion_signed(self, assertion: str | None, now_ns: int) -> list[Command]:
-        self._now = now_ns
+        self._at(now_ns)
         if self._phase != "inject" or self._injecting is not None:
             return self._take()
         if assertion is None:
@@ -152,7 +181,7 @@ class PostgresSession(Cycles):
     def hold_decided(
         self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
     ) -> list[Command]:
-        self._now = now_ns
+        self._at(now_ns)
         held = self._held
         if held is None or held.hold_id != hold_id:
             return self._take()
@@ -197,7 +226,7 @@ class PostgresSession(Cycles):
             self._refuse(held.kind, held.record_id, denial)
 
     def engine_changed(self, engine: Engine, now_ns: int) -> list[Command]:
-        self._now = now_ns
+        self._at(now_ns)
         self.context.engine = engine
         self.judge.changed(engine)
         if self.judge.wants_catalog and not self._catalog.known:
@@ -205,7 +234,7 @@ class PostgresSession(Cycles):
         return self._take()
 
     def abort(self, reason: CloseReason, detail: str, now_ns: int) -> list[Command]:
-        self._now = now_ns
+        self._at(now_ns)
         silent = (CloseReason.UPSTREAM_UNREACHABLE, CloseReason.CLIENT_CLOSED, CloseReason.SERVER_CLOSED)
         if reason not in silent and self._phase != "raw" and not self._passing_server and not self._closed:
             self._send(
@@ -224,6 +253,8 @@ class PostgresSession(Cycles):
         if self._held is not None:
             self._out.append(WithdrawHold(self._held.hold_id))
             self._held = None
+        if self._lane is not None:
+            self._lane.owner = None
         super()._before_close()
 
     # -- client messages
@@ -247,16 +278,6 @@ class PostgresSession(Cycles):
                     limit="statement_max_bytes",
                     value=self.limits.statement_max_bytes,
                 )
-            return
-        if (
-            data[0] in b"BP"
-            and not (self._open_segment or self._skipping or self._copying or self._stale or self._reassert)
-            and not len(self._client)
-            and self._send_cycle(data, self._order + 1, self._segment) is not None
-        ):
-            self._order += 1
-            self._segment += 1
-            self._copy_run = None
             return
         joined = self._client.join(data)
         if joined is not None:

@@ -1,171 +1,179 @@
-"""The short way: what nearly every driver sends for one prepared statement, and what nearly every server answers, in one step.
+"""What the short way (postgres_lane.py) asks of a session, and the way back from it.
 
-    client   [Parse] Bind [Describe] Execute Sync, of the unnamed portal, in one chunk of its own
-    server   [ParseComplete] BindComplete [RowDescription | NoData] DataRow… CommandComplete ReadyForQuery, in one chunk
-
-Decides nothing that the long way would not: where any part is not just so, the cycle is taken apart into its messages
-(`_expand_cycle`) before anything was counted, and goes the long way.
+The lane is armed while nothing is under way. Whatever it does not take, the session does: then all that the lane has sent becomes
+what the long way would have made of it (`_leave`), before anything else happens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 from sidecar.codecs.postgres import messages
-from sidecar.session.commands import Send, WriteRecord
-from sidecar.session.postgres_exchange import Decision, Exchange, Portal, Prepared, confirm
+from sidecar.session.context import SessionContext
+from sidecar.session.postgres_exchange import Decision, Exchange, Portal, Prepared, RowPlan
+from sidecar.session.postgres_lane import COMPILED
+
+if COMPILED:
+    from sidecar.session.postgres_lane import CHUNK_MAX_BYTES, Lane, make_answer, make_known
+if TYPE_CHECKING:
+    from sidecar.session.postgres_lane import Answer, Cycle, Known
 from sidecar.session.postgres_results import Results
-from sidecar.session.postgres_startup import CLIENT, SERVER
 
-CYCLE_ANSWER_MAX_BYTES: Final = 8192
-"""Longer answers are walked once, not twice."""
-_DESCRIBED: Final = b"D\0\0\0\x06P\0" + b"E\0\0\0\x09\0\0\0\0\0" + b"S\0\0\0\x04"
-_EXECUTED: Final = b"E\0\0\0\x09\0\0\0\0\0" + b"S\0\0\0\x04"
-_BOUND: Final = b"2\0\0\0\x04"
-_PARSED: Final = b"1\0\0\0\x04" + _BOUND
-_READY: Final = b"Z\0\0\0\x05"
-
-_length = struct.Struct("!I").unpack_from
+KNOWN_MAX: Final = 1024
+"""Statements, and descriptions, whose records are kept in pieces; a few kilobytes each at most."""
 
 
 class Cycles(Results):
-    def _note(self, decision: Decision) -> None:
+    def __init__(self, context: SessionContext) -> None:
+        super().__init__(context)
+        limits = context.limits
+        self._lane: Lane | None = None
+        if COMPILED:
+            self._lane = Lane(self, limits.response_max_rows, limits.response_max_bytes)
+            self._bare = make_answer(self.facts.flow, ())
+        self._known: dict[tuple[Decision, bool], Known | None] = {}
+        self._answers: dict[RowPlan, Answer] = {}
+        self._known_under = (-1, -1)
+        self._order = 0
+        self._segment = 0
+        """Counts the client's Syncs: the server skips to the end of a segment after any failure in it."""
+        self._open_segment = False
+
+    def _quiet(self) -> bool:
+        """Nothing is under way: no answer awaited, nothing kept, held, skipped or injected."""
         raise NotImplementedError
 
-    def _send_cycle(self, data: bytes, order: int, segment: int) -> Exchange | None:
-        """Send a chunk that is exactly one cycle and may pass; None (and nothing is done) where it is anything else. The caller has
-        seen to it that nothing is held, injected, skipped, copied, or left over from an earlier chunk, and that no segment is open."""
-        judge = self.judge
-        parsed: Prepared | None = None
-        begin = 0
-        if data[0] == 0x50:  # P
-            begin = 1 + int.from_bytes(data[1:5])
-            if begin >= len(data) or data[5] or data[begin] != 0x42:
-                return None
-            stop = data.find(b"\0", 6, begin)
-            if stop < 0:
-                return None
-            parsed = Prepared(data[6:stop], segment, older=self._statements.get(b""))
-            decision = judge.decide(data[6:stop])
-            if decision.ambiguous:
-                return None
-        bound = begin + 1 + int.from_bytes(data[begin + 1 : begin + 5])
-        rest = data[bound:]
-        described = rest == _DESCRIBED
-        if not described and rest != _EXECUTED:
+    def _arm(self) -> None:
+        lane = self._lane
+        if lane is None or not self._quiet():
+            return
+        under = (self.judge.generation, self._catalog.version)
+        if under != self._known_under or len(self._known) > KNOWN_MAX or len(self._answers) > KNOWN_MAX:
+            self._known.clear()
+            self._answers.clear()
+            self._known_under = under
+        lane.arm(self._status)
+
+    # -- what the lane asks
+
+    def known_query(self, raw: bytes) -> Known | None:
+        decision = self.judge.alike(raw)
+        return self._known_by(decision, raw, True) if decision is not None else None
+
+    def known_parse(self, raw: bytes) -> Known | None:
+        return self._known_by(self.judge.decide(raw), raw, False)
+
+    def known_statement(self, name: bytes) -> Known | None:
+        prepared = self._statements.get(name)
+        if prepared is None or prepared.raw is None or prepared.closed or not prepared.confirmed:
             return None
-        bind = messages.parse_bind(data[begin + 5 : bound])
-        if bind.portal:
+        return self._known_by(self.judge.decide(prepared.raw), prepared.raw, False)
+
+    def answer_for(self, known: Known, description: bytes) -> Answer | None:
+        decision = cast(Decision, known.decision)
+        plan = decision.row_plans.get(description)
+        if plan is None or not plan.plain or plan.catalog != self._catalog.version:
             return None
-        if parsed is not None:
-            if bind.statement:
-                return None
-            prepared: Prepared | None = parsed
-        else:
-            prepared = self._statements.get(bind.statement)
-            if prepared is None or prepared.raw is None or not prepared.confirmed:
-                return None
-            decision = judge.decide(prepared.raw)
-        assert prepared is not None
-        if not decision.passes or not (
-            described or (decision.plan is None and decision.record_plan is None) or not decision.rows
+        answer = self._answers.get(plan)
+        if answer is None:
+            answer = self._answers[plan] = make_answer(self.facts.flow, plan.parts)
+        return answer
+
+    def _known_by(self, decision: Decision, raw: bytes, query: bool) -> Known | None:
+        if self._stale and decision.masks_columns:
+            return None
+        key = (decision, query)
+        if key in self._known:
+            return self._known[key]
+        known = self._known[key] = self._make_known(decision, raw, query)
+        return known
+
+    def _make_known(self, decision: Decision, raw: bytes, query: bool) -> Known | None:
+        facts = decision.verdict.sql
+        operation = decision.operation
+        limit = self.limits.record_text_max_bytes
+        if (
+            not decision.passes
+            or not decision.steady
+            or decision.ambiguous
+            or decision.ddl
+            or decision.resets
+            or facts is None
+            or facts.masked_parameters
+            or limit < CHUNK_MAX_BYTES
         ):
             return None
-        record_id = self.context.ids.new(self._now)
-        self._out.append(
-            WriteRecord(judge.request(decision, "execute", bind.parameters, record_id, self._now))
+        if query and (not raw.isascii() or operation.text != decision.text or operation.truncated):
+            return None
+        kind = "query" if query else "execute"
+        request = self.judge.request(decision, kind, None, "", 0)
+        if request.operation is None or request.operation.kind != kind:
+            return None
+        unmasked = decision.plan is None and decision.record_plan is None
+        return make_known(decision, raw, request, self._bare, query=query, bare_rows=unmasked and not query)
+
+    # -- the way back
+
+    def _leave(self) -> None:
+        """Take over what the lane has under way."""
+        lane = self._lane
+        assert lane is not None
+        lane.armed = False
+        self._status = lane.status
+        self._bytes[0] += lane.bytes_client
+        self._bytes[1] += lane.bytes_server
+        answered = lane.sent - len(lane.cycles)
+        self._order += answered
+        self._segment += answered
+        if lane.confirmed is not None:
+            self._statements[b""] = Prepared(lane.confirmed.raw, self._segment, confirmed=True)
+        if lane.executed is not None:
+            if lane.status == b"I":
+                self._portals.clear()
+            else:
+                portal, _ = self._portal_of(lane.executed)
+                portal.confirmed, portal.older = True, None
+                self._portals[b""] = portal
+        for cycle in lane.cycles:
+            self._take_over(cycle)
+        lane.cycles.clear()
+
+    def _portal_of(self, cycle: Cycle) -> tuple[Portal, Prepared | None]:
+        """The portal that a cycle's Bind makes, and the statement that its Parse makes."""
+        chunk, known = cycle.chunk, cycle.known
+        begin = 1 + int.from_bytes(chunk[1:5]) if cycle.parsed else 0
+        bind = messages.parse_bind(
+            chunk[begin + 5 : begin + 1 + int.from_bytes(chunk[begin + 1 : begin + 5])]
         )
-        self._out.append(Send(SERVER, data))
-        portal = Portal((prepared,), bind, segment, older=self._portals.get(b""), order=order)
-        portal.described = described
-        self._portals[b""] = portal
-        exchange = Exchange("U", self._now, order)
-        exchange.record_id, exchange.decision, exchange.portal = record_id, decision, portal
+        parsed = None
+        if cycle.parsed:
+            parsed = Prepared(known.raw, self._segment, older=self._statements.get(b""))
+        prepared = parsed or self._statements.get(bind.statement) or Prepared(known.raw, confirmed=True)
+        portal = Portal((prepared,), bind, self._segment, older=self._portals.get(b""), order=self._order)
+        portal.described = cycle.described
+        return portal, parsed
+
+    def _take_over(self, cycle: Cycle) -> None:
+        """A cycle as the messages that it is."""
+        self._order += 1
+        now, order = cycle.started_ns, self._order
+        execute = Exchange("Q" if cycle.known.query else "E", now, order)
+        execute.record_id, execute.decision = cycle.record_id, cast(Decision, cycle.known.decision)
+        if cycle.known.query:
+            self._pending.append(execute)
+            return
+        portal, parsed = self._portal_of(cycle)
+        execute.portal = portal
         if parsed is not None:
             self._statements[b""] = parsed
-            exchange.prepared = parsed
-        self._pending.append(exchange)
-        self._note(decision)
-        return exchange
-
-    def _answer_cycle(self, data: bytes) -> bool:
-        """Finish the oldest cycle by a chunk that is exactly its answer; False (and nothing is done) where it is anything else."""
-        end = len(data) - 6
-        if not 0 < end <= CYCLE_ANSWER_MAX_BYTES or not data.startswith(_READY, end):
-            return False
-        current = self._pending[0]
-        decision, portal, parsed = current.decision, current.portal, current.prepared
-        assert decision is not None
-        assert portal is not None
-        prefix = _BOUND if parsed is None else _PARSED
-        if not data.startswith(prefix):
-            return False
-        offset = len(prefix)
-        row_plan = None
-        if portal.described:
-            (length,) = _length(data, offset + 1)
-            after = offset + 1 + length
-            if data[offset] == 0x54:  # T
-                row_plan = decision.row_plans.get(data[offset + 5 : after])
-                if row_plan is None or not row_plan.plain or row_plan.catalog != self._catalog.version:
-                    return False
-                if self._stale and decision.masks_columns:
-                    return False
-            elif data[offset] != 0x6E:  # n
-                return False
-            offset = after
-        elif portal.statements[0].columns:
-            row_plan = self._row_plan_of_portal(current)
-        first = offset
-        rows = 0
-        while offset < end and data[offset] == 0x44:  # D
-            (length,) = _length(data, offset + 1)
-            offset += 1 + length
-            rows += 1
-        if offset >= end or data[offset] != 0x43:  # C
-            return False
-        (length,) = _length(data, offset + 1)
-        if offset + 1 + length != end or (rows and row_plan is None and decision.plan is not None):
-            return False
-        limits = self.limits
-        current.row_plan = row_plan
-        current.rows = rows
-        if rows:
-            current.bytes = offset - first
-            view = memoryview(data)
-            current.digest = hashlib.sha256(view[first:offset])
-            at = first
-            for _ in range(min(rows, limits.response_max_rows)):
-                after = at + 1 + _length(data, at + 1)[0]
-                self._sample(current, messages.parse_row(view[at + 5 : after]))
-                at = after
-                if current.sample_bytes >= limits.response_max_bytes:
-                    break
-        current.status = data[offset + 5 : end - 1].decode("utf-8", "replace")
-        if parsed is not None:
-            confirm(self._statements, b"", parsed)
-        confirm(self._portals, b"", portal)
-        current.kind = "S"
-        self._ready(data[end + 5 : end + 6])
-        self._out.append(Send(CLIENT, data))
-        return True
-
-    def _expand_cycle(self) -> None:
-        """Take the oldest cycle apart into the messages that it is."""
-        cycle = self._pending.popleft()
-        portal, now, order = cycle.portal, cycle.started_ns, cycle.order
-        assert portal is not None
-        parts: list[Exchange] = []
-        if cycle.prepared is not None:
-            parts.append(Exchange("P", now, order))
-            parts[-1].version = cycle.prepared
-        parts.append(Exchange("B", now, order))
-        parts[-1].version = portal
-        if portal.described:
-            parts.append(Exchange("D", now, order))
-            parts[-1].portal = portal
-        execute = Exchange("E", now, order)
-        execute.record_id, execute.decision, execute.portal = cycle.record_id, cycle.decision, portal
-        self._pending.extendleft((Exchange("S", now, order), execute, *reversed(parts)))
+            self._pending.append(Exchange("P", now, order))
+            self._pending[-1].version = parsed
+        self._portals[b""] = portal
+        self._pending.append(Exchange("B", now, order))
+        self._pending[-1].version = portal
+        if cycle.described:
+            self._pending.append(Exchange("D", now, order))
+            self._pending[-1].portal = portal
+        self._pending.append(execute)
+        self._pending.append(Exchange("S", now, order))
+        self._segment += 1

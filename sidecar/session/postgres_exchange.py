@@ -135,7 +135,7 @@ def discard(table: dict[bytes, Version], name: bytes, version: Version) -> None:
 
 class Exchange:
     """One message of the client's whose answer is awaited. `kind` is its type byte (`d`: a run of copy data, never
-    answered; `U`: a whole cycle, see postgres_cycle).
+    answered).
 
     `hidden`: the answer is ours and the client does not see it. `rewrite`: the server will refuse what stands in for the client's
     message, and this is what the client sees instead. `version` is what a Parse, Bind or Close made under `name`.

@@ -19,8 +19,13 @@ from sidecar.model.operation import SqlOperation
 from sidecar.model.record import OperationPart, Record
 from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
 from sidecar.policy import masks
+from sidecar.policy.sql import may_hold_secrets
 from sidecar.session.context import SessionContext, denial_message, verdict_part
 from sidecar.session.postgres_exchange import Decision, Prepared
+from sidecar.session.postgres_lane import COMPILED
+
+if COMPILED:
+    from sidecar.session.postgres_lane import shape
 
 DECISIONS_MAX: Final = 4096
 DECISION_TEXT_MAX_BYTES: Final = 16_384
@@ -63,14 +68,18 @@ class Judge:
         self._decisions: dict[bytes, Decision] = {}
         self._by_verdict: dict[int, Decision] = {}
         """By the identity of a verdict, which the engine gives to all texts of one shape; the decision keeps it alive."""
+        self._shapes: dict[bytes, Decision] = {}
+        """By `postgres_lane.shape`: only where the engine gave one verdict to two texts of that shape."""
         self._column_masks: bool | None = None
+        self.generation = 0
+        """Counts what made earlier decisions void."""
 
     def changed(self, engine: Engine) -> None:
         self.engine = engine
         self.forget()
 
     def forget(self) -> None:
-        self._decisions.clear()
+        self._read_anew()
         self._by_verdict.clear()
         self._column_masks = None
 
@@ -78,10 +87,15 @@ class Judge:
         """A ParameterStatus."""
         if name == b"standard_conforming_strings":
             self.strings = value == b"on"
-            self._decisions.clear()
+            self._read_anew()
         elif name == b"client_encoding":
             self.encoding = value.decode("ascii", "replace")
-            self._decisions.clear()
+            self._read_anew()
+
+    def _read_anew(self) -> None:
+        self.generation += 1
+        self._decisions.clear()
+        self._shapes.clear()
 
     @property
     def wants_catalog(self) -> bool:
@@ -110,6 +124,18 @@ class Judge:
                 raw, decision.text, decision.verdict, "an earlier message may change how its strings are read"
             )
         return decision
+
+    def alike(self, raw: bytes) -> Decision | None:
+        """The decision on this text, or on one that differs from it in literals only and shares its verdict. None: not known yet."""
+        found = self._decisions.get(raw)
+        if found is None and self._shapes and len(raw) <= DECISION_TEXT_MAX_BYTES:
+            key = shape(raw)
+            if key is not None:
+                found = self._shapes.get(key)
+                # Numbers are no secrets; strings may be.
+                if found is not None and b"'" in raw and may_hold_secrets(raw.decode("ascii")):
+                    return None
+        return found
 
     def opaque(self) -> Decision:
         """On a statement whose text nobody saw: selectors of the text are unknown."""
@@ -152,6 +178,11 @@ class Judge:
         ambiguous = b"\\" in raw and _AMBIGUOUS.search(raw) is not None
         alike = self._by_verdict.get(id(verdict))
         if alike is not None and not ambiguous and len(raw) <= DECISION_TEXT_MAX_BYTES:
+            key = shape(raw) if COMPILED else None
+            if key is not None and key == shape(alike.text.encode()):
+                if len(self._shapes) >= DECISIONS_MAX:
+                    self._shapes.clear()
+                self._shapes[key] = alike
             return self._like(alike, text)
         if ambiguous and not self.strings and b"\\'" in raw:
             return self._unjudged(raw, text, verdict, "standard_conforming_strings is off")

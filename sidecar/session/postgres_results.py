@@ -55,14 +55,6 @@ class Results(Opening):
         self._streamed: Exchange | None = None
         self._injecting: str | None = None
 
-    # -- the short way (see postgres_cycle.py)
-
-    def _answer_cycle(self, data: bytes) -> bool:
-        raise NotImplementedError
-
-    def _expand_cycle(self) -> None:
-        raise NotImplementedError
-
     # -- what the first ReadyForQuery and injected statements need (see postgres.py)
 
     def _first_ready(self, whole: bytes) -> bytes:
@@ -85,11 +77,6 @@ class Results(Opening):
         if joined is None:
             return
         data = joined
-        pending = self._pending
-        if pending and pending[0].kind == "U":
-            if self._answer_cycle(data):
-                return
-            self._expand_cycle()
         view = memoryview(data)
         end = len(data)
         start = offset = 0
@@ -183,11 +170,8 @@ class Results(Opening):
         if self._injecting is not None:
             return self._injected(kind, data[offset + 5 : after], data[offset:after])
         pending = self._pending
-        while pending and pending[0].kind in "dU":
-            if pending[0].kind == "U":
-                self._expand_cycle()
-            else:
-                pending.popleft()
+        while pending and pending[0].kind == "d":
+            pending.popleft()
         current = pending[0] if pending else None
         if kind == b"D":
             if current is None or current.kind not in "QE":
@@ -548,6 +532,10 @@ class Results(Opening):
 
     def _finish(self, exchange: Exchange) -> None:
         if exchange.record_id:
+            if exchange.row_plan is None and exchange.kind == "E" and exchange.error is None:
+                exchange.row_plan = self._row_plan_of_portal(
+                    exchange
+                )  # no row came: the columns are known all the same
             self._record(
                 response_record(exchange, self.context.ids.new(self._now), self.facts.flow, self._now)
             )

@@ -1,0 +1,22 @@
+from typing import Any
+
+from sidecar.audit.spool import StreamWriter
+from sidecar.proxy.driver import FlowDriver
+from sidecar.session.postgres_lane import Lane
+
+class Gate:
+    open: bool
+    writer: StreamWriter | None
+    def set(self, writer: StreamWriter | None, is_open: bool) -> None: ...
+
+class Receiver:
+    gate: Gate
+    from_client: bool
+    lost: bool
+    flow: FlowDriver | None
+    lane: Lane | None
+    peer: Any
+    transport: Any
+    early: list[bytes]
+    def __init__(self, gate: Gate, from_client: bool) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
