@@ -13,8 +13,6 @@ import os
 import pwd
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from sidecar.config import Config
 from sidecar.control.protocol import RUN_DIRECTORY, DriftStatus, socket_path
 from sidecar.control.server import ControlServer
 from sidecar.control.server import Refusal as ControlRefusal
+from sidecar.embedded_collector import EmbeddedCollector
 from sidecar.errors import AuditError, PrerequisiteError, SidecarError
 from sidecar.identity.assertion import AssertionSigner
 from sidecar.identity.service import IdentityService
@@ -59,7 +58,6 @@ MAX_DRIFTS_SHOWN: Final = 32
 MAX_WORKERS: Final = 4
 WORKER_USER: Final = "sidecar"
 NOBODY: Final = 65534
-COLLECTOR_LISTEN: Final = "127.0.0.1:8420"
 SETUP_FAILED: Final = 125
 
 
@@ -99,7 +97,7 @@ class Agent:
         self.identity_counts = [0, 0]
         self.audit_failing: dict[int, str] = {}
         self.blocked_reason = ""
-        self.collector: subprocess.Popen[bytes] | None = None
+        self.collector: EmbeddedCollector | None = None
         self.collector_address: str | None = None
         self.job_cgroup: Path | None = None
         self.shipper: Shipper | None = None
@@ -224,8 +222,7 @@ class Agent:
                 await self.shipper.stop(flush_s=5.0)
             await self._spool_call(self.spool.close)
         if self.collector is not None:
-            self.collector.terminate()
-            await asyncio.to_thread(self.collector.wait)
+            await self.collector.stop()
         if self._cgroup_made:
             cgroups.remove(self.instance)
         for thread in (self._kernel_thread, self._spool_thread, self._names_thread, self._reader_thread):
@@ -240,23 +237,17 @@ class Agent:
         if upstream is not None:
             self.shipper = Shipper(self.spool, upstream.url, upstream.read_token())
         elif self.mode == "run":
-            self.collector_address = f"http://{COLLECTOR_LISTEN}"
-            self.collector = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "sidecar.cli",
-                    "collector",
-                    "--listen",
-                    COLLECTOR_LISTEN,
-                    "--data",
-                    str(self.config.audit.directory / "collector"),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-            )
-            self.shipper = Shipper(self.spool, self.collector_address, None)
+            data = self.config.audit.directory / "collector"
+            self.collector = EmbeddedCollector(data, self._ship_to_collector)
+            self.collector_address = self.collector.address
+            self._tasks.append(asyncio.create_task(self.collector.serve(), name="collector"))
         if self.shipper is not None:
+            self.shipper.start()
+
+    def _ship_to_collector(self) -> None:
+        assert self.spool is not None
+        if self.shipper is None:
+            self.shipper = Shipper(self.spool, f"{self.collector_address}", None)
             self.shipper.start()
 
     # -- periodic work
@@ -593,6 +584,7 @@ async def _run(agent: Agent, ready: Callable[[], Any] | None = None) -> int:
     try:
         await agent.start()
         if ready is None:
+            log.info("instance %s runs; look at it with `sidecar status`, end it with Ctrl-C", agent.instance)
             await agent.run_until_stopped()
             return 0
         return int(await ready())

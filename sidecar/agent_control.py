@@ -49,6 +49,7 @@ class AgentControl:
         pool = agent.pool.workers if agent.pool else []
         scope = config.steering.scope
         shipping = agent.shipper.state() if agent.shipper else None
+        failing = agent.collector.error if agent.collector else None
         return Status(
             instance=agent.instance,
             pid=os.getpid(),
@@ -83,13 +84,13 @@ class AgentControl:
             ),
             shipping=ShippingStatus(
                 url=shipping.url,
-                ok=shipping.ok,
-                error=shipping.error,
+                ok=shipping.ok and not failing,
+                error=failing or shipping.error,
                 shipped_batches=shipping.batches,
                 last_receipt_ns=shipping.last_receipt_ns,
             )
             if shipping
-            else ShippingStatus(),
+            else ShippingStatus(ok=not failing, error=failing),
             steering=SteeringStatus(
                 ok=bool(agent.pool and agent.pool.healthy),
                 on_failure=config.steering.on_failure,

@@ -29,6 +29,7 @@ def run(config_file: Path | None) -> None:
     from sidecar.config import load_config
 
     logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each batch says nothing
     config = load_config(config_file)
     if os.geteuid() != 0:
         raise PrerequisiteError("steering needs root", hint="sudo sidecar run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -69,7 +70,9 @@ def _from_directory(record_id: str, directory: Path | None) -> dict[str, Any]:
     if view is None:
         raise AuditError(
             f"no record {record_id} in {directory}",
-            hint="is it another host's, or another configuration's? sidecar why ID --directory DIR",
+            hint="is it another host's, or another configuration's? sidecar why ID --directory DIR"
+            if os.geteuid() == 0
+            else f"an agent tells only what your own jobs did; of others: sudo sidecar why {record_id}",
         )
     return as_map(view)
 
