@@ -52,7 +52,7 @@ def pair(label: str, before: str, after: str) -> None:
 
 
 def row(label: str, text: str) -> None:
-    for line in textwrap.wrap(text, width() - LABEL - 2) or [""]:
+    for line in textwrap.wrap(text, width() - LABEL - 2, break_on_hyphens=False) or [""]:
         print(f"  {label:<{LABEL}}{line}")
         label = ""
 
