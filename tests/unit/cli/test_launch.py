@@ -136,7 +136,10 @@ def test_streams_descriptors_environment_and_signals_are_the_callers(cgroup: Pat
 
 def test_background_processes_are_ended_and_named(cgroup: Path) -> None:
     started = time.monotonic()
-    done = run(cgroup, "sh", "-c", "sleep 300 & setsid sleep 301 & exit 3")
+    # Both have become what they are: until then they are still called sh.
+    run_by = "until grep -q sleep /proc/$a/comm && grep -q sleep /proc/$b/comm; do sleep 0.02; done"
+    program = f"sleep 300 & a=$!; setsid sleep 301 & b=$!; {run_by}; exit 3"
+    done = run(cgroup, "sh", "-c", program)
     assert done.returncode == 3
     assert "ending 2 processes that the command left behind" in done.stderr
     assert "sleep" in done.stderr
