@@ -124,6 +124,21 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogChanges:
+    """What a statement does to definitions, so that facts about the database can be doubted until they are read anew."""
+
+    made: tuple[str, ...] = ()
+    """New tables, which hold only what was judged."""
+    redefined: tuple[str, ...] = ()
+    """Names of relations that may show other columns than before."""
+    altered: tuple[str, ...] = ()
+    """Tables with new columns, types or constraints."""
+    functions: tuple[str, ...] = ()
+    """New functions and operators."""
+    anything: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SqlFacts:
     """What the tree says that a session needs."""
 
@@ -139,10 +154,11 @@ class SqlFacts:
     masked_reach: bool = False
     """A masked column (by name, whole-row, star in a subquery, or unknown function over a masked table) can reach a derived
     result column; derived columns (table OID 0) are then masked."""
-    copies_masked: bool = False
-    """COPY TO of something that holds a masked column and cannot be rewritten: denied."""
-    writes_masked: bool = False
-    """A masked column may flow into another table, a file or a program."""
+    refusal: str | None = None
+    """Why the masks refuse the statement, for what its own text says."""
+    may_move: bool = False
+    """Writes, copies or calls what could move a masked column, or is judged more strictly: to be judged by the catalog too."""
+    changes: CatalogChanges | None = None
     password_spans: tuple[tuple[int, int], ...] = ()
     """Byte offsets [start, end) of password literals in the text, to be replaced before recording."""
     masked_literal_spans: tuple[tuple[int, int], ...] = field(default=())
@@ -171,6 +187,14 @@ class Engine(Protocol):
     ) -> MaskPlan:
         """All column masks that any statement of this connection could come under, whatever its text: for rows of statements
         whose text is not at hand (FETCH, EXECUTE). `observing`: those of observing rules too."""
+        ...
+
+    def masks_reach(self, reach: int) -> bool:
+        """Whether a derived value of that reach (policy.reach) is masked."""
+        ...
+
+    def refuses_reach(self, *, moved: int, probed: int, derived: int, copies: bool) -> str | None:
+        """Why a statement under column masks is refused for what it moves, looks at and derives. `copies`: it is a COPY … TO."""
         ...
 
     def evaluate(self, operation: Operation, facts: FlowFacts) -> Verdict:

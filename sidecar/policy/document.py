@@ -133,6 +133,12 @@ class PolicyDocument(Struct, frozen=True):
     version: Literal[1]
     default: Literal["allow", "deny"] = "allow"
     on_unparsed: Literal["allow", "deny"] = "deny"
+    on_derived: Literal["mask", "deny"] = "mask"
+    """A value of the result that is made from a masked column."""
+    on_opaque: Literal["mask", "deny", "allow"] = "mask"
+    """What comes out of code that is not in the statement, while column masks are in force."""
+    predicates: Literal["allow", "deny"] = "allow"
+    """Conditions that look at a masked column."""
     mode: Literal["enforce", "observe"] = "enforce"
     rules: tuple[Rule, ...] = ()
     tests: tuple[Case, ...] = ()

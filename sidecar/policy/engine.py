@@ -19,8 +19,11 @@ from sidecar.model.record import ObjectPart
 from sidecar.model.verdict import Action, ApproveTerms, SqlFacts, Verdict
 from sidecar.policy import masks, sql
 from sidecar.policy.document import PolicyDocument
-from sidecar.policy.masks import EMPTY, Plan
+from sidecar.policy.lineage import trace
+from sidecar.policy.masks import EMPTY, NamedRelations, Plan
+from sidecar.policy.reach import ANYTHING, CLEAN, FUNCTION, MASKED, Flows, together
 from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
+from sidecar.policy.sql_vocabulary import MOVING, SINKS, TABLE_BY_NAME
 
 CACHE_ENTRIES: Final = 4_096
 CACHE_BYTES: Final = 8 * 1024 * 1024
@@ -363,10 +366,9 @@ class Policy:
             if self.document.on_unparsed == "deny" and (decided is None or decided.action is Action.ALLOW):
                 why = analysis.unjudged or "it is nested too deeply"
                 return Action.DENY, None, f"the statement cannot be understood: {why}", not observing
-        elif facts is not None and (facts.copies_masked or facts.writes_masked):
+        elif facts is not None and facts.refusal is not None:
             # Before a hold or an allow: neither lifts a mask.
-            what = "COPY would hand out" if facts.copies_masked else "the statement would move"
-            return Action.DENY, plan.rules[0], f"{what} a masked column to where it cannot be masked", True
+            return Action.DENY, plan.rules[0], facts.refusal, True
         if decided is not None and decided.action is Action.HOLD:
             return Action.HOLD, decided.name, decided.reason, True
         if decided is None and self.document.default == "deny":
@@ -405,25 +407,70 @@ class Policy:
         rows += [ObjectPart(name, "call") for name in sorted(analysis.functions) if "." not in name]
         return tuple(rows)
 
-    @staticmethod
-    def _facts(analysis: sql.Analysis, plan: Plan, record_plan: Plan, text: str) -> SqlFacts:
-        """What the session needs; what concerns masks is judged towards masking. A relation that no pattern names may be a
-        view of one: a column's name counts whatever the relation is. Only enforced masks (`plan`) deny."""
+    # -- masks and what they reach
+
+    def masks_reach(self, reach: int) -> bool:
+        return bool(reach & (MASKED if self.document.on_opaque == "allow" else ANYTHING))
+
+    def refuses_reach(self, *, moved: int, probed: int, derived: int, copies: bool) -> str | None:
+        document = self.document
+        if self.masks_reach(moved):
+            what = "COPY would hand out" if copies else "the statement would move"
+            whose = "a masked column" if moved & MASKED else "what a function may have read"
+            return f"{what} {whose} to where it cannot be masked"
+        if document.predicates == "deny" and probed & MASKED:
+            return "its conditions look at a masked column"
+        if document.on_derived == "deny" and derived & MASKED:
+            return "a value would be made from a masked column"
+        if document.on_opaque == "deny" and (moved | probed | derived) & FUNCTION:
+            return "it calls a function that cannot be looked into"
+        return None
+
+    def _refusal(self, analysis: sql.Analysis, plan: Plan) -> str | None:
+        """Why the statement is refused, as far as its text says: names of tables and columns stand for what they name."""
+        if not plan.has_columns:
+            return None
+        opaque = self.document.on_opaque
+        if opaque == "deny" and analysis.opaque:
+            return "it cannot be looked into"
+        named = opaque != "allow" and any(plan.may_name_masked(body) for body in analysis.do_bodies)
+        touched = any(
+            plan.may_mask_table(table.schema, table.name) for table in analysis.reads | analysis.writes
+        )
+        stored = any(touched if column == "*" else plan.may_mask_column(column) for column in analysis.stored)
+        flows = _flows(analysis, plan)
+        return self.refuses_reach(
+            moved=together(flow.moved for flow in flows) | (MASKED if stored or named else CLEAN),
+            probed=together(flow.probed for flow in flows),
+            derived=together(flow.derived for flow in flows),
+            copies=analysis.copy_out,
+        )
+
+    def _may_move(self, analysis: sql.Analysis) -> bool:
+        document = self.document
+        strict = "deny" in (document.on_derived, document.on_opaque, document.predicates)
+        return (
+            strict
+            or not MOVING.isdisjoint(analysis.statements)
+            or not (SINKS | TABLE_BY_NAME).isdisjoint(analysis.functions)
+        )
+
+    def _facts(self, analysis: sql.Analysis, plan: Plan, record_plan: Plan, text: str) -> SqlFacts:
+        """What the session needs. A name stands for what it names: whether it is a view of something else is the catalog's word,
+        which the session has. For the record, a column's name counts whatever its relation is."""
         tables = analysis.reads | analysis.writes
+        touched = any(record_plan.may_mask_table(table.schema, table.name) for table in tables)
 
-        def touches(masks: Plan) -> bool:
-            return any(masks.may_mask_table(table.schema, table.name) for table in tables)
-
-        def reached(masks: Plan, columns: set[str]) -> bool:
-            return masks.has_columns and any(
-                touches(masks) if column == "*" else masks.may_mask_column(column) for column in columns
-            )
+        def bound(column: str) -> bool:
+            if not record_plan.has_columns:
+                return False
+            return touched if column == "*" else record_plan.may_mask_column(column)
 
         raw = text.encode("utf-8", "surrogateescape")
         spans = [
             span
             for column, offset in analysis.bound_literals
-            if reached(record_plan, {column}) and (span := sql.literal_span(raw, offset))
+            if bound(column) and (span := sql.literal_span(raw, offset))
         ]
         return SqlFacts(
             statements=tuple(analysis.statements),
@@ -431,14 +478,17 @@ class Policy:
             may_change_catalog=analysis.ddl,
             transaction_control=analysis.transaction,
             is_copy="COPY" in analysis.statements,
-            masked_reach=reached(record_plan, analysis.flowing)
-            or (record_plan.has_columns and analysis.row_functions),
-            copies_masked=analysis.copy_out and reached(plan, analysis.copied),
-            writes_masked=reached(plan, analysis.stored)
-            or any(plan.may_name_masked(body) for body in analysis.do_bodies),
+            masked_reach=record_plan.has_columns
+            and self.masks_reach(together(flow.derived for flow in _flows(analysis, record_plan))),
+            refusal=self._refusal(analysis, plan),
+            may_move=plan.has_columns and self._may_move(analysis),
+            changes=analysis.changes,
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
-            masked_parameters=tuple(
-                number for column, number in analysis.bound_parameters if reached(record_plan, {column})
-            ),
+            masked_parameters=tuple(number for column, number in analysis.bound_parameters if bound(column)),
         )
+
+
+def _flows(analysis: sql.Analysis, plan: Plan) -> list[Flows]:
+    relations = NamedRelations(plan)
+    return [trace(part.tree, relations) for part in analysis.parts or [analysis] if part.tree is not None]

@@ -16,6 +16,8 @@ from typing import Any, Final
 import re2
 
 from sidecar.model.verdict import ValueMask
+from sidecar.policy.reach import CLEAN, MASKED
+from sidecar.policy.sql_facts import Table
 
 REDACTED: Final = "[redacted]"
 TEXT_OIDS: Final = frozenset({0, 18, 19, 25, 705, 1042, 1043})
@@ -362,3 +364,25 @@ def merge(plans: Iterable[Plan]) -> Plan:
         rules=tuple(name for plan in rows for name in plan.rules),
         _names=frozenset(item.column.lower() for item in columns),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRelations:
+    """policy.reach.Relations without a catalog: a table is what its name says, and its columns are not known."""
+
+    plan: Plan
+
+    def columns(self, table: Table) -> tuple[str, ...] | None:
+        return None
+
+    def may_have(self, table: Table, column: str) -> bool:
+        return True
+
+    def reach(self, table: Table, column: str) -> int:
+        if column == "*":
+            return MASKED if self.plan.may_mask_table(table.schema, table.name) else CLEAN
+        found = self.plan.column(table.schema or None, table.name, column)
+        return MASKED if found is not None else CLEAN
+
+    def is_own(self, function: str) -> bool:
+        return False

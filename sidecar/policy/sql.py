@@ -11,6 +11,9 @@ from typing import Any
 import postgast
 
 from sidecar.model.verdict import SyntaxIssue
+from sidecar.policy.lineage import trace
+from sidecar.policy.reach import UNKNOWN, Flows, Relations
+from sidecar.policy.sql_changes import changes_of
 from sidecar.policy.sql_facts import Analysis, Table, together
 from sidecar.policy.sql_secrets import find_passwords, literal_span, may_hold_secrets
 from sidecar.policy.sql_tree import TooDeep, unwrap
@@ -51,18 +54,30 @@ def analyse(text: str) -> Analysis:
 
 
 def _analyse_one(statement: Any) -> Analysis:
-    found = Analysis()
+    found = Analysis(tree=statement, changes=changes_of(statement))
     try:
-        walker = Walker(found)
-        walker.statement(statement, top=True)
-        if not walker.rows.isdisjoint(found.ranges):
-            found.flowing.add("*")
+        Walker(found).statement(statement)
     except (TooDeep, RecursionError):
         found.too_deep = True
-    for columns in (found.flowing, found.stored, found.copied):
-        if not columns.isdisjoint(found.ranges):
-            columns.add("*")
     return found
 
 
-__all__ = ["STATEMENT_KINDS", "Analysis", "Table", "analyse", "literal_span", "may_hold_secrets", "normalise"]
+def flows(text: str, relations: Relations) -> list[Flows]:
+    """The lineage of every statement in a text that was judged before."""
+    try:
+        tree = postgast.parse(text)
+    except (postgast.PgQueryError, ValueError, RecursionError):
+        return [UNKNOWN]
+    return [trace(unwrap(raw.stmt), relations) for raw in tree.stmts]
+
+
+__all__ = [
+    "STATEMENT_KINDS",
+    "Analysis",
+    "Table",
+    "analyse",
+    "flows",
+    "literal_span",
+    "may_hold_secrets",
+    "normalise",
+]

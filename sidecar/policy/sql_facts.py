@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from sidecar.model.verdict import SyntaxIssue
+from sidecar.model.verdict import CatalogChanges, SyntaxIssue
 from sidecar.policy.sql_vocabulary import DDL
 
 
@@ -33,14 +34,8 @@ class Analysis:
     opaque: bool = False
     settings: set[str] = field(default_factory=set)
     """Settings that are SET or RESET; `*` for all or for one that cannot be known."""
-    flowing: set[str] = field(default_factory=set)
-    """Column names that can flow into a derived result value; `*` for whole rows."""
     stored: set[str] = field(default_factory=set)
-    """Column names that flow into another table (INSERT … SELECT, CREATE TABLE AS, UPDATE SET)."""
-    copied: set[str] = field(default_factory=set)
-    """Columns that COPY … TO takes; `*` for all."""
-    row_functions: bool = False
-    """A function in FROM whose rows cannot be known, a cursor, an EXECUTE."""
+    """Column names that a definition puts under another name, or under another column; `*` for all."""
     copy_out: bool = False
     password_spans: list[tuple[int, int]] = field(default_factory=list)
     bound_literals: list[tuple[str, int]] = field(default_factory=list)
@@ -54,11 +49,12 @@ class Analysis:
     too_deep: bool = False
     unjudged: str = ""
     """Why the text cannot be judged, although the server may well accept it."""
-    ranges: set[str] = field(default_factory=set)
-    """Names and aliases in FROM: a column reference of that name is a whole row."""
     secret_options: bool = False
     """CREATE or ALTER of a user mapping or foreign server: its options are secrets."""
     do_bodies: list[str] = field(default_factory=list)
+    changes: CatalogChanges = field(default_factory=CatalogChanges)
+    tree: Any = None
+    """The statement, for its lineage (lineage.py); None where `parts` has several."""
     parts: list[Analysis] = field(default_factory=list)
     """One a statement, where the text holds several: each is judged by itself, the strictest verdict wins."""
 
@@ -74,11 +70,19 @@ def together(parts: list[Analysis]) -> Analysis:
         found.bound_literals += part.bound_literals
         found.bound_parameters += part.bound_parameters
         found.do_bodies += part.do_bodies
-        for name in ("reads", "writes", "functions", "settings", "flowing", "stored", "copied", "ranges"):
+        for name in ("reads", "writes", "functions", "settings", "stored"):
             getattr(found, name).update(getattr(part, name))
         for name in (
-            "without_where", "opaque", "row_functions", "copy_out", "transaction", "constant_sensitive", "too_deep",
+            "without_where", "opaque", "copy_out", "transaction", "constant_sensitive", "too_deep",
             "secret_options",
         ):  # fmt: skip
             setattr(found, name, getattr(found, name) or getattr(part, name))
+    changes = [part.changes for part in parts]
+    found.changes = CatalogChanges(
+        made=tuple(name for change in changes for name in change.made),
+        redefined=tuple(name for change in changes for name in change.redefined),
+        altered=tuple(name for change in changes for name in change.altered),
+        functions=tuple(name for change in changes for name in change.functions),
+        anything=any(change.anything for change in changes),
+    )
     return found

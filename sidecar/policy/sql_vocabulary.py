@@ -79,28 +79,6 @@ ONLY_WRITTEN: Final = frozenset(
     {"InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt", "TruncateStmt", "CreateStmt", "AlterTableStmt"}
 )
 """Their `relation` is written, not read."""
-SAFE_TABLE_FUNCTIONS: Final = frozenset(
-    {
-        "generate_series",
-        "unnest",
-        "regexp_split_to_table",
-        "string_to_table",
-        "json_array_elements",
-        "jsonb_array_elements",
-        "json_array_elements_text",
-        "jsonb_array_elements_text",
-        "json_each",
-        "jsonb_each",
-        "json_each_text",
-        "jsonb_each_text",
-        "json_to_recordset",
-        "jsonb_to_recordset",
-        "json_object_keys",
-        "jsonb_object_keys",
-        "generate_subscripts",
-        "now",
-    }
-)
 TABLE_BY_NAME: Final = frozenset(
     {
         "query_to_xml",
@@ -118,6 +96,12 @@ TABLE_BY_NAME: Final = frozenset(
         "pg_read_binary_file",
         "lo_export",
         "lo_import",
+        "ts_stat",
+        "ts_rewrite",
+        "pg_logical_slot_get_changes",
+        "pg_logical_slot_peek_changes",
+        "pg_logical_slot_get_binary_changes",
+        "pg_logical_slot_peek_binary_changes",
     }
 )
 ROW_FUNCTIONS: Final = frozenset(
@@ -127,6 +111,8 @@ ROW_FUNCTIONS: Final = frozenset(
     }
 )  # fmt: skip
 """May be called as if they were columns of a row: `c.to_json`."""
+MOVING: Final = frozenset({"INSERT", "UPDATE", "MERGE", "COPY", "CREATE"})
+"""Kinds that may put a value where another may read it."""
 SINKS: Final = frozenset(
     {
         "pg_notify", "set_config", "lo_from_bytea", "lo_put", "lowrite", "pg_logical_emit_message", "pg_file_write",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.sql_facts import Analysis, Table
 from sidecar.policy.sql_tree import (
     MAX_DEPTH,
@@ -14,7 +13,6 @@ from sidecar.policy.sql_tree import (
     filters,
     find_constants,
     has_bare_constants,
-    holds,
     repeated,
     strings,
     unwrap,
@@ -27,9 +25,6 @@ from sidecar.policy.sql_vocabulary import (
     NOT_FLOWING,
     ONLY_WRITTEN,
     OPAQUE,
-    ROW_FUNCTIONS,
-    SAFE_TABLE_FUNCTIONS,
-    SINKS,
     TABLE_BY_NAME,
     TRANSACTION,
 )
@@ -39,15 +34,11 @@ class Walker:
     def __init__(self, found: Analysis) -> None:
         self.found = found
         self.ctes: list[set[str]] = []
-        self.rows: set[str] = set()
-        """Plain columns of the outermost result: a whole row where a range has that name."""
         self.comparing = False
-        self.renamed = False
-        """Some alias renames columns."""
 
     # -- statements
 
-    def statement(self, node: Any, *, top: bool = False, depth: int = 0) -> None:
+    def statement(self, node: Any, *, depth: int = 0) -> None:
         name = node.DESCRIPTOR.name
         found = self.found
         kind = self._kind(node, name)
@@ -76,16 +67,7 @@ class Walker:
             )
             if name not in ONLY_WRITTEN and name != "CopyStmt":
                 self._defined(node)
-            if "returning_clause" in node.DESCRIPTOR.fields_by_name:
-                # Values of RETURNING are a result like a SELECT's. OLD and NEW are rows, under whatever names.
-                skip += ("returning_clause",)
-                found.ranges |= {"old", "new", node.relation.alias.aliasname or node.relation.relname}
-                found.ranges |= {unwrap(option).value for option in node.returning_clause.options}
-                self._targets(node.returning_clause.exprs, depth, top)
-            before = set(self.found.flowing)
-            self._children(node, depth, flowing=name == "SelectStmt", skip=skip, top=top)
-            if name == "ExplainStmt":
-                self.found.flowing = before  # a plan is shown, no value
+            self._children(node, depth, skip=skip)
         finally:
             self.ctes.pop()
 
@@ -101,24 +83,6 @@ class Walker:
                     target = target.rel
                 if target.DESCRIPTOR.name == "RangeVar":
                     self._written(target)
-
-    def _targets(self, targets: Any, depth: int, top: bool) -> None:
-        for item in targets:
-            part = unwrap(item)
-            value = unwrap(part.val) if part.DESCRIPTOR.name == "ResTarget" else part
-            if top and value.DESCRIPTOR.name == "ColumnRef":
-                self._plain(value)
-            else:
-                self.visit(part, depth + 1, flowing=True)
-
-    def _plain(self, column: Any) -> None:
-        """A plain column of the outermost result keeps its table's OID and is masked by that; a whole row, or a function
-        called as if it were a column (`c.to_json`), does not."""
-        name = column_name(column)
-        if len(column.fields) > 1 and name in ROW_FUNCTIONS:
-            self.found.flowing.add("*")
-        elif name != "*":
-            self.rows.add(name)
 
     @staticmethod
     def _kind(node: Any, name: str) -> str | None:
@@ -148,10 +112,6 @@ class Walker:
     def _SelectStmt(self, node: Any, depth: int) -> None:
         if node.HasField("into_clause"):
             self.found.statements.append("CREATE")
-            self._store(node)
-
-    def _CreateTableAsStmt(self, node: Any, depth: int) -> None:
-        self._store(unwrap(node.query))
 
     def _InsertStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
@@ -160,25 +120,16 @@ class Walker:
             for row in unwrap(node.select_stmt).values_lists:
                 for index, value in enumerate(unwrap(row).items):
                     self._bind(columns[index] if index < len(columns) else "*", unwrap(value))
-            self._store(unwrap(node.select_stmt))
-        if node.HasField("with_clause"):
-            self._store(node.with_clause)
         if node.HasField("on_conflict_clause"):
-            self._set(node.on_conflict_clause.target_list, alone=False)
+            self._set(node.on_conflict_clause.target_list)
 
     def _UpdateStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
         self._check_where(node)
-        alone = not len(node.from_clause) and not node.HasField("with_clause")
-        self._set(node.target_list, alone=alone)
-        if not alone:
-            for source in node.from_clause:
-                self._store(unwrap(source))
-            if node.HasField("with_clause"):
-                self._store(node.with_clause)
+        self._set(node.target_list)
 
-    def _set(self, targets: Any, *, alone: bool) -> None:
-        """`SET column = value`. A value made from the same column of the same row stays under its mask."""
+    def _set(self, targets: Any) -> None:
+        """`SET column = value`."""
         for target in targets:
             part = unwrap(target)
             value = unwrap(part.val)
@@ -187,10 +138,6 @@ class Walker:
                 if source.DESCRIPTOR.name == "RowExpr" and value.colno <= len(source.args):
                     value = unwrap(source.args[value.colno - 1])
             self._bind(part.name, value)
-            collected: set[str] = set()
-            self._collect(value, collected, 0)
-            if not (alone and collected <= {part.name} and not holds(value, "SubLink")):
-                self.found.stored |= collected
 
     def _DeleteStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
@@ -208,14 +155,10 @@ class Walker:
             if kind and kind not in self.found.statements:
                 self.found.statements.append(kind)
             if kind == "UPDATE":
-                self._set(clause.target_list, alone=False)
+                self._set(clause.target_list)
             for index, value in enumerate(clause.values):
                 column = unwrap(clause.target_list[index]).name if index < len(clause.target_list) else "*"
                 self._bind(column, unwrap(value))
-            self._store(clause)
-        self._store(unwrap(node.source_relation))
-        if node.HasField("with_clause"):
-            self._store(node.with_clause)
 
     def _TruncateStmt(self, node: Any, depth: int) -> None:
         for relation in node.relations:
@@ -230,10 +173,6 @@ class Walker:
         found.copy_out = True
         if node.HasField("relation"):
             self._relation(node.relation)
-            names = strings(node.attlist)
-            found.copied |= set(names) if names else {"*"}
-        else:
-            self._collect(unwrap(node.query), found.copied, 0)
 
     def _CreateUserMappingStmt(self, node: Any, depth: int) -> None:
         self.found.secret_options = self.found.constant_sensitive = True
@@ -285,15 +224,6 @@ class Walker:
             if argument.DESCRIPTOR.name == "String":
                 self.found.do_bodies.append(argument.sval)
 
-    def _CallStmt(self, node: Any, depth: int) -> None:
-        self.found.row_functions = True
-
-    def _FetchStmt(self, node: Any, depth: int) -> None:
-        self.found.row_functions = True
-
-    def _ExecuteStmt(self, node: Any, depth: int) -> None:
-        self.found.row_functions = True
-
     # -- parts
 
     def _written(self, relation: Any) -> None:
@@ -309,10 +239,6 @@ class Walker:
             self.found.without_where = True
         if has_bare_constants(condition):
             self.found.constant_sensitive = True
-
-    def _store(self, node: Any) -> None:
-        """Every column that is a value anywhere below may be stored; so may whole rows under other names."""
-        self._collect(node, self.found.stored, 0)
 
     def _collect(self, node: Any, collected: set[str], depth: int) -> None:
         """All columns referenced below, values only."""
@@ -340,65 +266,34 @@ class Walker:
         self.found.bound_literals += [(column, offset) for offset in constants]
         self.found.bound_parameters += [(column, number) for number in parameters]
 
-    def _children(
-        self, node: Any, depth: int, *, flowing: bool, skip: tuple[str, ...] = (), top: bool = False
-    ) -> None:
+    def _children(self, node: Any, depth: int, *, skip: tuple[str, ...] = ()) -> None:
         for descriptor, value in node.ListFields():
             if descriptor.name in skip or descriptor.type != descriptor.TYPE_MESSAGE:
                 continue
-            flows = flowing and descriptor.name not in NOT_FLOWING
             for child in value if repeated(value) else (value,):
-                inner = unwrap(child)
-                if top and descriptor.name == "target_list" and inner.DESCRIPTOR.name == "ResTarget":
-                    direct = unwrap(inner.val)
-                    if direct.DESCRIPTOR.name == "ColumnRef" and not node.DESCRIPTOR.name.startswith(
-                        "Update"
-                    ):
-                        self._plain(direct)
-                        continue
-                self.visit(inner, depth + 1, flowing=flows)
+                self.visit(unwrap(child), depth + 1)
 
-    def visit(self, node: Any, depth: int, *, flowing: bool) -> None:
+    def visit(self, node: Any, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise TooDeep
         name = node.DESCRIPTOR.name
         if name.endswith("Stmt"):
             self.statement(node, depth=depth)
             return
-        found = self.found
         if name == "RangeVar":
             self._relation(node)
             return
-        if name == "ColumnRef":
-            if flowing:
-                found.flowing.add(column_name(node))
-            return
         if name == "FuncCall":
             self._function(node)
-            flowing = flowing and len(node.args) != 0
-        elif name == "RangeFunction":
-            self._range_function(node)
-        elif name == "JoinExpr":
-            # A merged column may be COALESCE or a cast of two, without a table's OID.
-            found.flowing |= {"*"} if node.is_natural else set(strings(node.using_clause))
-        elif name == "Alias":
-            found.ranges.add(node.aliasname)
-            if len(node.colnames):
-                found.flowing.add("*")  # columns under names that no pattern knows
-                self.renamed = True
         if name in COMPARES and not self.comparing:
             self.comparing = True
             self._comparison(node)
-            self._children(node, depth, flowing=flowing)
+            self._children(node, depth)
             self.comparing = False
             return
-        self._children(node, depth, flowing=flowing)
+        self._children(node, depth)
 
     def _relation(self, node: Any) -> None:
-        self.found.ranges.add(node.alias.aliasname or node.relname)
-        if len(node.alias.colnames):
-            self.found.flowing.add("*")
-            self.renamed = True
         if not node.schemaname and any(node.relname in scope for scope in self.ctes):
             return
         if node.relname:
@@ -416,27 +311,8 @@ class Walker:
             known = first is not None and first.DESCRIPTOR.name == "A_Const" and first.HasField("sval")
             found.settings.add(first.sval.sval.lower() if known and first is not None else "*")
             found.constant_sensitive = True
-        if names[-1] in SINKS or names[-1] in TABLE_BY_NAME:
-            for argument in node.args:
-                self._store(unwrap(argument))
-        if names[-1] not in builtin_functions() or (len(names) > 1 and names[0] != "pg_catalog"):
-            found.row_functions = True  # of the user's own: it may read anything
         if names[-1] in TABLE_BY_NAME:
-            found.flowing.add("*")
-            found.row_functions = True
             found.constant_sensitive = True
-
-    def _range_function(self, node: Any) -> None:
-        for item in node.functions:
-            part = unwrap(item)
-            call = unwrap(part.items[0]) if part.DESCRIPTOR.name == "List" and len(part.items) else part
-            names = strings(call.funcname) if call.DESCRIPTOR.name == "FuncCall" else []
-            if (
-                not names
-                or names[-1] not in SAFE_TABLE_FUNCTIONS
-                or (len(names) > 1 and names[0] != "pg_catalog")
-            ):
-                self.found.row_functions = True
 
     def _comparison(self, node: Any) -> None:
         """Constants in one expression with a column may be that column's values: `lower(ssn) LIKE '12%'`."""

@@ -444,6 +444,7 @@ class PostgresSession(Cycles):
     def _note(self, decision: Decision) -> None:
         if decision.ddl and self.judge.wants_catalog:
             self._stale = True
+            self.judge.definitions_changed(decision)
         if decision.resets and self._assertion is not None:
             self._reassert = True
 
@@ -721,7 +722,7 @@ class PostgresSession(Cycles):
             if self._injecting == "catalog":
                 self._stale = False
                 if not self._injected_failed:
-                    self._catalog.load(self._injected_rows)
+                    self.judge.catalog_loaded(self._injected_rows)
             self._injected_rows = []
             return self._inject_next()
         return b""

@@ -21,8 +21,10 @@ from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
 from sidecar.policy import masks
 from sidecar.policy.sql import may_hold_secrets
 from sidecar.session.context import SessionContext, denial_message, verdict_part
+from sidecar.session.postgres_catalog import Catalog
 from sidecar.session.postgres_exchange import Decision, Prepared
 from sidecar.session.postgres_lane import COMPILED
+from sidecar.session.postgres_reach import refusal
 
 if COMPILED:
     from sidecar.session.postgres_lane import shape
@@ -73,14 +75,28 @@ class Judge:
         self._column_masks: bool | None = None
         self.generation = 0
         """Counts what made earlier decisions void."""
+        self.catalog = Catalog()
 
     def changed(self, engine: Engine) -> None:
         self.engine = engine
         self.forget()
 
-    def forget(self) -> None:
+    def catalog_loaded(self, rows: list[list[bytes | None]]) -> None:
+        self.catalog.load(rows)
+        self._forget_verdicts()
+
+    def definitions_changed(self, decision: Decision) -> None:
+        """By a statement that is on its way: what was decided with the old ones is void."""
+        facts = decision.verdict.sql
+        if facts is not None and facts.changes is not None and self.catalog.note(facts.changes):
+            self._forget_verdicts()
+
+    def _forget_verdicts(self) -> None:
         self._read_anew()
         self._by_verdict.clear()
+
+    def forget(self) -> None:
+        self._forget_verdicts()
         self._column_masks = None
 
     def parameter(self, name: bytes, value: bytes) -> None:
@@ -201,6 +217,12 @@ class Judge:
             if why is not None:
                 denial = ("42501", denial_message(ATTACH_RULE, why), ATTACH_RULE)
                 part.action, part.rule, part.reason = "deny", ATTACH_RULE, why
+        plan = _useful(verdict.masks)
+        if facts is not None and facts.may_move and denial is None and plan is not None:
+            why = refusal(self.engine, self.catalog, plan, text, copies=facts.is_copy)
+            if why is not None:
+                denial = ("42501", denial_message(plan.rules[0], why), plan.rules[0])
+                part.action, part.rule, part.reason = "deny", plan.rules[0], why
         kinds = frozenset(verdict.statements)
         decision = Decision(
             text=text,
@@ -209,9 +231,9 @@ class Judge:
             part=part,
             passes=denial is None and verdict.action is not Action.HOLD,
             denial=denial,
-            plan=_useful(verdict.masks),
+            plan=plan,
             record_plan=_useful(verdict.record_masks),
-            reached=facts is None or facts.masked_reach,
+            reached=facts is None,
             rows=not kinds <= _NO_ROWS,
             ddl=facts is not None and facts.may_change_catalog,
             steady=facts is not None

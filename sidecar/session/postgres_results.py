@@ -13,7 +13,7 @@ from sidecar.errors import LimitExceeded, ProtocolError
 from sidecar.model.record import ColumnPart, Record, ResponsePart
 from sidecar.model.verdict import MaskPlan, ValueMask
 from sidecar.session.context import SessionContext
-from sidecar.session.postgres_catalog import Catalog
+from sidecar.session.postgres_catalog import FIRST_USER_OID
 from sidecar.session.postgres_exchange import (
     Decision,
     Exchange,
@@ -24,6 +24,7 @@ from sidecar.session.postgres_exchange import (
     discard,
     response_record,
 )
+from sidecar.session.postgres_reach import masked_columns
 from sidecar.session.postgres_startup import CLIENT, Opening
 
 DETECT_TYPES: Final = frozenset({18, 19, 25, 114, 142, 705, 1042, 1043, 3802})
@@ -49,7 +50,7 @@ class Results(Opening):
         """The server is in COPY FROM STDIN."""
         self._copy_out_text = False
         self._backend_pid = 0
-        self._catalog = Catalog()
+        self._catalog = self.judge.catalog
         self._stale = True
         self._notices: list[bytes] = []
         self._streamed: Exchange | None = None
@@ -316,11 +317,11 @@ class Results(Opening):
         if columns is None:
             columns = messages.parse_row_description(body)
         plan, record_plan = decision.plan, decision.record_plan
-        masks = self._masks(plan, columns, decision.reached, trusted)
+        masks = self._masks(plan, columns, decision, trusted)
         record_masks = (
             masks
             if record_plan is plan or record_plan == plan
-            else self._masks(record_plan, columns, decision.reached, trusted)
+            else self._masks(record_plan, columns, decision, trusted)
         )
         detects = any(item is not None and item.has_detectors for item in (plan, record_plan))
         parts = tuple(
@@ -349,12 +350,16 @@ class Results(Opening):
         return found
 
     def _masks(
-        self, plan: MaskPlan | None, columns: tuple[Column, ...], reached: bool, trusted: bool
+        self, plan: MaskPlan | None, columns: tuple[Column, ...], decision: Decision, trusted: bool
     ) -> list[ValueMask | None] | None:
         if plan is None or not plan.has_columns:
             return None
+        reached = [decision.reached] * len(columns)
+        if not decision.reached and any(column.table_oid < FIRST_USER_OID for column in columns):
+            reached = masked_columns(self.judge.engine, self._catalog, plan, decision.text, len(columns))
         found = [
-            self._catalog.mask(plan, column, derived_reached=reached, trusted=trusted) for column in columns
+            self._catalog.mask(plan, column, derived_reached=derived, trusted=trusted)
+            for column, derived in zip(columns, reached, strict=True)
         ]
         return found if any(mask is not None for mask in found) else None
 

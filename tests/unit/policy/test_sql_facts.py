@@ -84,31 +84,6 @@ def test_without_where(text: str, bare: bool) -> None:
     assert analyse(text).without_where is bare
 
 
-@pytest.mark.parametrize(
-    ("text", "flows"),
-    [
-        ("SELECT ssn FROM customers", False),
-        ("SELECT upper(ssn) FROM customers", True),
-        ("SELECT ssn || '' AS x FROM customers", True),
-        ("SELECT x FROM (SELECT ssn AS x FROM customers) q", True),
-        ("WITH q AS (SELECT ssn FROM customers) SELECT lower(ssn) FROM q", True),
-        ("SELECT ssn FROM a UNION SELECT name FROM b", True),
-        ("SELECT count(*) FROM customers WHERE ssn = '1'", False),
-        ("SELECT name FROM customers ORDER BY ssn", False),
-    ],
-)
-def test_columns_that_flow_into_derived_values(text: str, flows: bool) -> None:
-    assert ("ssn" in analyse(text).flowing) is flows
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["SELECT c FROM customers c", "SELECT row_to_json(c) FROM customers c", "SELECT (c).* FROM customers c"],
-)
-def test_whole_rows_count_as_every_column(text: str) -> None:
-    assert analyse(text).flowing & {"*", "c"}
-
-
 def test_settings_are_seen_in_every_spelling() -> None:
     assert analyse("SET Workload.Identity = 'x'").settings == {"workload.identity"}
     assert analyse('SET LOCAL "workload"."identity" TO \'x\'').settings == {"workload.identity"}

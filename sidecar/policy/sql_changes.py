@@ -1,0 +1,64 @@
+"""What a statement does to definitions: which facts about the database it makes doubtful."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sidecar.model.verdict import CatalogChanges
+from sidecar.policy.sql_tree import strings, unwrap
+
+_HARMLESS: Final = frozenset(
+    {"IndexStmt", "DropStmt", "TruncateStmt", "CommentStmt", "GrantStmt", "GrantRoleStmt", "CreateSeqStmt", "AlterSeqStmt",
+     "CreateSchemaStmt", "CreateRoleStmt", "AlterRoleStmt", "AlterRoleSetStmt", "DropRoleStmt", "CreateEnumStmt", "AlterEnumStmt",
+     "CompositeTypeStmt", "CreateStatsStmt", "CreatePolicyStmt", "AlterPolicyStmt", "AlterOwnerStmt", "CreateTrigStmt",
+     "CreateTableSpaceStmt", "RefreshMatViewStmt", "ReindexStmt", "AlterDatabaseSetStmt", "AlterDefaultPrivilegesStmt",
+     "CreatePublicationStmt", "AlterPublicationStmt", "SecLabelStmt", "CreateDomainStmt"}
+)  # fmt: skip
+"""Do not change what a name shows."""
+_INHERITS: Final = frozenset({50, 52, 60})
+"""AT_AddInherit, AT_AddOf, AT_AttachPartition."""
+_TABLE: Final = 42
+"""OBJECT_TABLE."""
+NOTHING: Final = CatalogChanges()
+
+
+def changes_of(statement: Any) -> CatalogChanges:
+    """Only definitions: what a statement writes into tables changes none."""
+    name = statement.DESCRIPTOR.name
+    if name == "ExplainStmt":
+        return changes_of(unwrap(statement.query))
+    if name in ("SelectStmt", "CreateTableAsStmt"):
+        into = statement.into_clause if name == "SelectStmt" else statement.into
+        return CatalogChanges(made=(into.rel.relname,)) if into.rel.relname else NOTHING
+    if name == "CreateStmt":
+        made = (statement.relation.relname,)
+        borrowed = len(statement.inh_relations) or statement.HasField("partbound")
+        return CatalogChanges(redefined=made) if borrowed else CatalogChanges(made=made)
+    if name == "AlterTableStmt":
+        changed = (statement.relation.relname,)
+        kinds = {int(unwrap(command).subtype) for command in statement.cmds}
+        if int(statement.objtype) == _TABLE and kinds.isdisjoint(_INHERITS):
+            return CatalogChanges(altered=changed)
+        return CatalogChanges(redefined=changed)
+    if name == "ViewStmt":
+        return CatalogChanges(redefined=(statement.view.relname,))
+    if name in ("RuleStmt", "AlterObjectSchemaStmt", "RenameStmt"):
+        return _renamed(statement, name)
+    if name == "CreateFunctionStmt":
+        return CatalogChanges(functions=tuple(strings(statement.funcname)[-1:]))
+    if name == "DefineStmt":
+        return CatalogChanges(functions=tuple(strings(statement.defnames)[-1:]))
+    if name in _HARMLESS:
+        return NOTHING
+    defines = name in ("DoStmt", "CallStmt", "LoadStmt", "ImportForeignSchemaStmt")
+    return CatalogChanges(anything=defines or name.startswith(("Create", "Alter")))
+
+
+def _renamed(statement: Any, name: str) -> CatalogChanges:
+    if not statement.relation.relname:
+        # A function, a type, a schema under another name.
+        return CatalogChanges(anything=True)
+    names = [statement.relation.relname]
+    if name == "RenameStmt":
+        names.append(statement.newname)
+    return CatalogChanges(redefined=tuple(names))

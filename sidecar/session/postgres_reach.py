@@ -1,0 +1,53 @@
+"""What masked columns reach in a statement, by its tree and by the catalog together: result columns, and what it would move.
+
+A relation that the catalog does not know may hold anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.model.verdict import Engine, MaskPlan
+from sidecar.policy import sql
+from sidecar.policy.reach import ANYTHING, CLEAN, MASKED, described, together
+from sidecar.session.postgres_catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRelations:
+    """Implements policy.reach.Relations."""
+
+    catalog: Catalog
+    plan: MaskPlan
+
+    def columns(self, table: sql.Table) -> tuple[str, ...] | None:
+        return self.catalog.columns(table.schema, table.name)
+
+    def may_have(self, table: sql.Table, column: str) -> bool:
+        return self.catalog.may_have(table.schema, table.name, column)
+
+    def reach(self, table: sql.Table, column: str) -> int:
+        return MASKED if self.catalog.may_mask(self.plan, table.schema, table.name, column) else CLEAN
+
+    def is_own(self, function: str) -> bool:
+        return function in self.catalog.own
+
+
+def masked_columns(engine: Engine, catalog: Catalog, plan: MaskPlan, text: str, count: int) -> list[bool]:
+    """For each of a result's columns, whether its value may hold a masked one."""
+    reaches = described(sql.flows(text, CatalogRelations(catalog, plan)), count)
+    return [engine.masks_reach(reach) for reach in reaches]
+
+
+def refusal(engine: Engine, catalog: Catalog, plan: MaskPlan, text: str, *, copies: bool) -> str | None:
+    """Why the statement is refused for what it would do with masked columns."""
+    flows = sql.flows(text, CatalogRelations(catalog, plan))
+    return engine.refuses_reach(
+        moved=together(flow.moved for flow in flows),
+        probed=together(flow.probed for flow in flows),
+        derived=together(flow.derived for flow in flows),
+        copies=copies,
+    )
+
+
+__all__ = ["ANYTHING", "CatalogRelations", "masked_columns", "refusal"]
