@@ -101,6 +101,11 @@ class Batch:
             raise AuditError("not a batch") from error
         return batch
 
+    @classmethod
+    def sign(cls, header: Header, key: hostkey.HostKey, records: tuple[bytes, ...]) -> Batch:
+        encoded = header.encode()
+        return cls(encoded, key.sign(encoded), key.public, records)
+
     def check(self) -> Header:
         """Verify signature and chain; returns the header. Raises AuditError."""
         if not hostkey.verify(self.key, self.signature, self.header):

@@ -72,6 +72,17 @@ def _load(path: Path, public_path: Path) -> HostKey:
     return key
 
 
+def check_pair(directory: Path) -> None:
+    """Where the private key is there, it has to be the public one's (and closed to others). Raises AuditError."""
+    if (directory / KEY_FILE).exists():
+        try:
+            _load(directory / KEY_FILE, directory / PUBLIC_FILE)
+        except OSError as error:
+            raise AuditError(
+                f"the signing key {directory / KEY_FILE} cannot be read: {error.strerror}"
+            ) from error
+
+
 def load_public(path: Path) -> bytes:
     """32 raw bytes from a file of 64 hex digits and a line feed, exactly."""
     try:

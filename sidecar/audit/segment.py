@@ -1,13 +1,15 @@
-"""The files of the spool: segments (records) and signature files (batch headers). Reading them; StreamWriter writes segments.
+"""The files of the spool, their formats and names. Reading them; `audit.writer` writes frames, `audit.spool` the rest.
 
-    segment    `SCS1` | u32 length | msgpack {stream, host, boot, key, segment, label} | 64 bytes signature | frame…
-    frame      u32 length | 32 bytes hash after this record | record
-    signatures u32 length | 64 bytes signature | header
-All integers are little-endian.
+    segment     `SCS1` | u32 length | msgpack {stream, host, boot, key, segment, label} | 64 bytes signature | frame…
+    frame       u32 length | 32 bytes hash after this record | record
+    signatures  (u32 length | 64 bytes signature | header)…      one file a segment, and the ledger
+All integers are little-endian. See docs/audit.md.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ MAGIC: Final = b"SCS1"
 FRAME: Final = struct.Struct("<I32s")
 LENGTH: Final = struct.Struct("<I")
 MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
+MAX_ENTRY_BYTES: Final = 65_536
+"""Of one signed header or ledger entry; ours are below 2 KiB."""
 SIGNATURE_BYTES: Final = 64
 
 
@@ -50,12 +54,17 @@ def read_header(data: bytes) -> tuple[SegmentHeader, bytes, bytes, int]:
         if data[:4] != MAGIC:
             raise ValueError("magic")
         (length,) = LENGTH.unpack_from(data, 4)
-        body = data[8 : 8 + length]
-        signature = data[8 + length : 8 + length + SIGNATURE_BYTES]
+        body = bytes(data[8 : 8 + length])
+        signature = bytes(data[8 + length : 8 + length + SIGNATURE_BYTES])
         if len(body) != length or len(signature) != SIGNATURE_BYTES:
             raise ValueError("length")
         found: Any = msgpack.unpackb(body, raw=False)
         header = SegmentHeader(**found)
+        texts = (header.stream, header.host, header.boot, header.label)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(header.segment, int):
+            raise ValueError("types")
+        if not isinstance(header.key, bytes):
+            raise ValueError("key")
     except (ValueError, TypeError, struct.error, msgpack.UnpackException) as error:
         raise AuditError("a segment's header is damaged") from error
     return header, body, signature, 8 + length + SIGNATURE_BYTES
@@ -73,32 +82,123 @@ def frames(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, bytes, 
         yield offset, digest, bytes(data[start:offset])
 
 
-def signatures(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(header, signature) of each entry. Raises AuditError where the file ends inside one or is damaged."""
-    offset = 0
-    while offset < len(data):
-        if offset + 4 > len(data):
-            raise AuditError("the signature file is cut")
+def entries(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """(offset after it, body, signature) of each whole entry; stops before an incomplete one.
+    Raises AuditError for a length that none can have."""
+    offset, end = 0, len(data)
+    while offset + 4 <= end:
         (length,) = LENGTH.unpack_from(data, offset)
         start = offset + 4 + SIGNATURE_BYTES
-        if length > 65_536 or start + length > len(data):
-            raise AuditError("the signature file is cut or damaged")
-        yield data[start : start + length], data[offset + 4 : start]
+        if length > MAX_ENTRY_BYTES:
+            raise AuditError("a signature file is damaged")
+        if start + length > end:
+            return
+        signature = data[offset + 4 : start]
         offset = start + length
+        yield offset, data[start:offset], signature
 
 
-def signature_entry(header: bytes, signature: bytes) -> bytes:
-    return LENGTH.pack(len(header)) + signature + header
+def whole_entries(data: bytes, *, torn_tail: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    """(body, signature) of each entry. Raises AuditError where the file is damaged, or ends inside an entry and
+    `torn_tail` does not allow that."""
+    offset = 0
+    for after, body, signature in entries(data):
+        offset = after
+        yield body, signature
+    if offset != len(data) and not torn_tail:
+        raise AuditError("a signature file ends inside an entry")
+
+
+def entry_bytes(body: bytes, signature: bytes) -> bytes:
+    return LENGTH.pack(len(body)) + signature + body
+
+
+def append_whole(descriptor: int, data: bytes) -> None:
+    """Write all of `data` at the end, or leave the file as it was and raise OSError or AuditError."""
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, data)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+    if written != len(data):
+        os.ftruncate(descriptor, size)
+        raise AuditError("the spool is full", hint="free space in audit.directory")
+
+
+# -- names
+
+
+def segment_path(directory: Path, stream: str, number: int) -> Path:
+    return directory / f"{stream}.{number:06d}.seg"
+
+
+def signature_path(segment: Path) -> Path:
+    """The signature file of a segment."""
+    return segment.with_suffix(".sig")
+
+
+def lock_path(directory: Path, stream: str) -> Path:
+    """Locked by the instance whose stream it is; gone once the stream has ended."""
+    return directory / f"{stream}.lock"
+
+
+def receipt_path(directory: Path, stream: str) -> Path:
+    """The collector's newest receipt."""
+    return directory / f"{stream}.receipt"
+
+
+def refusal_path(directory: Path, stream: str) -> Path:
+    """The collector's signed word that it cannot take the stream as we hold it."""
+    return directory / f"{stream}.refused"
 
 
 def segment_paths(directory: Path, stream: str) -> list[Path]:
     return sorted(directory.glob(f"{stream}.[0-9]*.seg"))
 
 
+def segment_number(path: Path) -> int:
+    """Raises AuditError for a name that is none of ours."""
+    try:
+        return int(path.name.split(".")[1])
+    except (IndexError, ValueError) as error:
+        raise AuditError(f"{path.name} is no segment") from error
+
+
 def stream_names(directory: Path) -> list[str]:
-    """All streams that have segments or signatures."""
-    names = {path.name.split(".")[0] for pattern in ("*.seg", "*.sig") for path in directory.glob(pattern)}
-    return sorted(names)
+    """All streams that have any file, oldest first (their names are UUIDv7)."""
+    suffixes = (".seg", ".sig", ".lock", ".receipt", ".refused")
+    return sorted({name.split(".")[0] for name in os.listdir(directory) if name.endswith(suffixes)})
+
+
+def open_lock(directory: Path, stream: str, *, create: bool = False) -> int | None:
+    """The stream's lock file, exclusively locked; None where another instance holds it or it is gone."""
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    try:
+        descriptor = os.open(lock_path(directory, stream), flags, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_live(directory: Path, stream: str) -> bool:
+    """Whether an instance holds the stream at this moment."""
+    try:
+        descriptor = os.open(lock_path(directory, stream), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def start_of(header: SegmentHeader) -> bytes:

@@ -2,79 +2,64 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import uvicorn
 
 from sidecar.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from sidecar.control.protocol import HoldView
 
 DEFAULT_DATA = Path("/var/lib/sidecar/collector")
 
 
-class Page:
-    """collector.approvals.ApprovalsGateway over the control sockets of this host."""
+class AgentApprovals:
+    """collector.approvals.ApprovalsGateway over the control sockets of this host's agents."""
 
     def __init__(self) -> None:
         from sidecar.control.client import Approvals
 
         self._approvals = Approvals()
 
-    def list(self) -> Any:
-        return self._approvals.views()
+    def list(self) -> Sequence[HoldView]:
+        return sorted(self._approvals.views(), key=lambda view: (view.state != "pending", -view.opened_ns))
 
     def decide(self, hold_id: str, approve: bool, by: str, reason: str) -> Any:
         return self._approvals.decide_view(hold_id, approve, by=by, reason=reason)
 
 
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
 @click.command()
 @click.option(
-    "-c",
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Configuration, for its upstream token.",
+    "-c", "--config", "config_file", type=_file, help="Configuration: its upstream.token enrols hosts."
 )
 @click.option("--listen", default="127.0.0.1:8420", show_default=True, help="Address and port.")
 @click.option(
-    "--data", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA, show_default=True
-)
-def collector(config_file: Path | None, listen: str, data: Path) -> None:
+    "--data", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA, show_default=True,
+    help="Where records, keys and the page's token are kept.",
+)  # fmt: skip
+@click.option("--tls-cert", type=_file, help="PEM: certificate and chain. Needed beyond loopback.")
+@click.option("--tls-key", type=_file, help="PEM: its key.")
+def collector(
+    config_file: Path | None, listen: str, data: Path, tls_cert: Path | None, tls_key: Path | None
+) -> None:
     """The upstream: takes signed batches, stores them, answers with receipts; pages and API."""
-    from sidecar.collector.app import TOKEN_FILE, create_app, page_token
-    from sidecar.collector.store import Store
+    from sidecar.collector.app import Certificate, serve
 
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    if not port.isdigit() or not 0 < int(port) < 65_536:
-        raise ConfigurationError(f"{listen!r} is no address and port", hint="such as 127.0.0.1:8420")
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigurationError("--tls-cert and --tls-key belong together")
     enrolment = None
     if config_file is not None:
         from sidecar.config import load_config
 
         upstream = load_config(config_file).upstream
         enrolment = upstream.read_token() if upstream else None
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        raise ConfigurationError(
-            f"{host} is not loopback, and this version serves no TLS of its own",
-            hint="put a TLS proxy before 127.0.0.1",
-        )
     logging.getLogger().setLevel(logging.INFO)
-    store = Store(data)
-    app = create_app(
-        store, Page(), token=page_token(data), enrolment=enrolment, hosts=frozenset({host, "localhost"})
-    )
-    click.echo(f"http://{listen}  (approvals: the token is in {data / TOKEN_FILE})", err=True)
-    try:
-        uvicorn.run(
-            app, host=host, port=int(port), log_level="warning", access_log=False, server_header=False
-        )
-    finally:
-        store.close()
+    certificate = Certificate(tls_cert, tls_key) if tls_cert and tls_key else None
+    serve(listen, data, AgentApprovals(), enrolment, certificate=certificate)

@@ -1,248 +1,42 @@
-"""The collector's ASGI application: ingest, API, pages. Loopback by default; every page under a strict content security policy."""
+"""The collector's composition: store, ingest, API, pages and their guard, as one ASGI application; and the process that serves it.
+
+Loopback by default. Elsewhere it is served only with TLS and an enrolment token, and then reading needs the page's token too.
+"""
 
 from __future__ import annotations
 
-import hmac
+import ipaddress
 import os
-import secrets
-import time
-from collections.abc import Awaitable, Callable
+import socket
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import orjson
-from jinja2 import Environment, PackageLoader, select_autoescape
+import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from sidecar.audit.batch import MAX_BATCH_BYTES, Batch
 from sidecar.collector.approvals import ApprovalsGateway
+from sidecar.collector.guard import TOKEN_FILE, Guard, Sessions, page_token
+from sidecar.collector.ingest import Ingest
+from sidecar.collector.pages import Pages
 from sidecar.collector.store import Store
-from sidecar.collector.views import clock, transcript
-from sidecar.errors import AuditError, SidecarError
+from sidecar.errors import ConfigurationError, PrerequisiteError
 from sidecar.model.secret import Secret
 
-TOKEN_FILE: Final = "page.token"
-COOKIE: Final = "sidecar_page"
-MAX_FORM_BYTES: Final = 8192
-SESSION_S: Final = 12 * 3600
-
-HEADERS: Final = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",
-    "cache-control": "no-store",
-}
+GRACE_S: Final = 5
+"""For requests under way when the collector is told to stop."""
+BACKLOG: Final = 128
 
 
-def page_token(directory: Path) -> str:
-    """The random word that the page asks for before it decides anything: in a file that only its owner reads."""
-    path = directory / TOKEN_FILE
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_text().strip()
-    token = secrets.token_urlsafe(24)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(token + "\n")
-    return token
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """PEM files; `chain` begins with the server's certificate."""
 
-
-class _Guard(BaseHTTPMiddleware):
-    """Headers on every answer; a Host that is not ours is refused (DNS rebinding)."""
-
-    def __init__(self, app: Any, hosts: frozenset[str]) -> None:
-        super().__init__(app)
-        self._hosts = hosts
-
-    async def dispatch(
-        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        host = (request.headers.get("host") or "").rpartition(":")[0] or request.headers.get("host", "")
-        if self._hosts and host.strip("[]") not in self._hosts:
-            return PlainTextResponse("this name is not served here\n", 421)
-        response = await call_next(request)
-        for name, value in HEADERS.items():
-            response.headers[name] = value
-        return response
-
-
-class Collector:
-    """Handlers over one store."""
-
-    def __init__(
-        self, store: Store, approvals: ApprovalsGateway | None, token: str, enrolment: Secret | None
-    ) -> None:
-        self.store = store
-        self.approvals = approvals
-        self._token = token
-        self._enrolment = enrolment
-        self._key = secrets.token_bytes(32)
-        self._templates = Environment(
-            loader=PackageLoader("sidecar.collector", "templates"), autoescape=select_autoescape(default=True)
-        )
-        self._templates.filters["clock"] = clock
-
-    def _page(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
-        return HTMLResponse(
-            self._templates.get_template(name).render(approvals=self.approvals is not None, **values), status
-        )
-
-    # -- ingest and API
-
-    async def ingest(self, request: Request) -> Response:
-        if self._enrolment is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._enrolment.reveal().encode()):
-                return PlainTextResponse("the enrolment token is not accepted\n", 401)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > 2 * MAX_BATCH_BYTES:
-                return PlainTextResponse("the batch is too large\n", 413)
-        try:
-            batch = Batch.decode(bytes(body))
-            accepted = await run_in_threadpool(self.store.ingest, batch, time.time_ns())
-        except AuditError as error:
-            return PlainTextResponse(error.message + "\n", 409)
-        return _json(self.store.receipt(accepted, time.time_ns()))
-
-    async def api_flows(self, request: Request) -> Response:
-        limit = _number(request.query_params.get("limit"), 100)
-        before = _number(request.query_params.get("before"), 0) or None
-        return _json(
-            {
-                "flows": await run_in_threadpool(
-                    self.store.flows, request.query_params.get("q", "")[:200], limit, before
-                )
-            }
-        )
-
-    async def api_flow(self, request: Request) -> Response:
-        records = await run_in_threadpool(self.store.flow, request.path_params["flow"])
-        return _json({"records": records}) if records else PlainTextResponse("no such flow\n", 404)
-
-    async def api_record(self, request: Request) -> Response:
-        record = await run_in_threadpool(self.store.record, request.path_params["record"])
-        return _json(record) if record else PlainTextResponse("no such record\n", 404)
-
-    # -- pages
-
-    async def index(self, request: Request) -> Response:
-        text = request.query_params.get("q", "")[:200]
-        before = _number(request.query_params.get("before"), 0) or None
-        flows = await run_in_threadpool(self.store.flows, text, 100, before)
-        return self._page(
-            "flows.html", flows=flows, q=text, more=flows[-1]["ts_ns"] if len(flows) == 100 else None
-        )
-
-    async def flow(self, request: Request) -> Response:
-        records = await run_in_threadpool(self.store.flow, request.path_params["flow"])
-        if not records:
-            return self._page(
-                "message.html", 404, title="No such flow", text="It may not have been shipped yet."
-            )
-        return self._page("flow.html", **transcript(records))
-
-    def _session(self, request: Request) -> str | None:
-        value = request.cookies.get(COOKIE, "")
-        stamp, _, mac = value.partition(".")
-        if not stamp.isdigit() or not hmac.compare_digest(self._mac(stamp), mac):
-            return None
-        return stamp if time.time() - int(stamp) < SESSION_S else None
-
-    def _mac(self, text: str) -> str:
-        return hmac.new(self._key, text.encode(), "sha256").hexdigest()
-
-    async def holds(self, request: Request) -> Response:
-        assert self.approvals is not None
-        session = self._session(request)
-        if session is None:
-            return self._page("login.html")
-        try:
-            views = await run_in_threadpool(self.approvals.list)
-        except (SidecarError, OSError) as error:
-            return self._page("message.html", 503, title="No agent answers", text=str(error))
-        return self._page("approvals.html", holds=views, csrf=self._mac("csrf" + session))
-
-    async def login(self, request: Request) -> Response:
-        if not _same_origin(request):
-            return PlainTextResponse("the request does not come from this page\n", 403)
-        form = await _form(request)
-        if not hmac.compare_digest(form.get("token", "").strip().encode(), self._token.encode()):
-            return self._page("login.html", 403, wrong=True)
-        stamp = str(int(time.time()))
-        response = RedirectResponse("/approvals", 303)
-        response.set_cookie(
-            COOKIE,
-            f"{stamp}.{self._mac(stamp)}",
-            httponly=True,
-            samesite="strict",
-            max_age=SESSION_S,
-            path="/",
-        )
-        return response
-
-    async def decide(self, request: Request) -> Response:
-        assert self.approvals is not None
-        session = self._session(request)
-        form = await _form(request)
-        if (
-            session is None
-            or not _same_origin(request)
-            or not hmac.compare_digest(form.get("csrf", ""), self._mac("csrf" + session))
-        ):
-            return PlainTextResponse("the request does not come from this page's form\n", 403)
-        try:
-            await run_in_threadpool(
-                self.approvals.decide,
-                request.path_params["hold"],
-                form.get("decision") == "approve",
-                "web page",
-                form.get("reason", "")[:500],
-            )
-        except (SidecarError, OSError) as error:
-            return self._page("message.html", 409, title="Not decided", text=str(error))
-        return RedirectResponse("/approvals", 303)
-
-
-def _same_origin(request: Request) -> bool:
-    """A browser names the origin of every POST; without one it is no browser's form."""
-    return request.headers.get("origin") == f"{request.url.scheme}://{request.headers.get('host')}"
-
-
-async def _form(request: Request) -> dict[str, str]:
-    from urllib.parse import parse_qsl
-
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FORM_BYTES:
-            return {}
-    return dict(parse_qsl(body.decode("utf-8", "replace")))
-
-
-def _number(text: str | None, default: int) -> int:
-    return int(text) if text and text.isdigit() and len(text) < 20 else default
-
-
-def _json(value: Any) -> Response:
-    return Response(
-        orjson.dumps(value, default=_hex, option=orjson.OPT_NON_STR_KEYS), media_type="application/json"
-    )
-
-
-def _hex(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return {"hex": value.hex()}
-    raise TypeError(type(value).__name__)
+    chain: Path
+    key: Path
 
 
 def create_app(
@@ -252,22 +46,113 @@ def create_app(
     token: str,
     enrolment: Secret | None = None,
     hosts: frozenset[str] = frozenset(),
+    open_to_read: bool = True,
 ) -> Starlette:
-    """`hosts`: the names under which it may be called; empty: any."""
-    collector = Collector(store, approvals, token, enrolment)
-    routes: list[Any] = [
-        Route("/v1/batches", collector.ingest, methods=["POST"]),
-        Route("/v1/flows", collector.api_flows),
-        Route("/v1/flows/{flow}", collector.api_flow),
-        Route("/v1/records/{record}", collector.api_record),
-        Route("/", collector.index),
-        Route("/flows/{flow}", collector.flow),
+    """`token` is the page's; `hosts` are the names under which it may be called, empty: any."""
+    ingest = Ingest(store, enrolment)
+    pages = Pages(store, approvals, Sessions(token), open_to_read=open_to_read)
+    routes: list[BaseRoute] = [
+        Route("/v1/batches", ingest.batches, methods=["POST"]),
+        Route("/v1/flows", pages.api_flows),
+        Route("/v1/flows/{flow}", pages.api_flow),
+        Route("/v1/records/{record}", pages.api_record),
+        Route("/", pages.index),
+        Route("/flows/{flow}", pages.flow),
+        Route("/login", pages.login, methods=["POST"]),
         Mount("/static", StaticFiles(packages=[("sidecar.collector", "static")])),
     ]
     if approvals is not None:
         routes += [
-            Route("/approvals", collector.holds),
-            Route("/approvals/login", collector.login, methods=["POST"]),
-            Route("/approvals/{hold}", collector.decide, methods=["POST"]),
+            Route("/approvals", pages.holds),
+            Route("/approvals/{hold}", pages.decide, methods=["POST"]),
         ]
-    return Starlette(routes=routes, middleware=[Middleware(_Guard, hosts=hosts)])
+    return Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts)])
+
+
+def parse_listen(listen: str) -> tuple[str, int]:
+    """Address and port. Raises ConfigurationError."""
+    host, _, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 <= int(port) < 65_536:
+        raise ConfigurationError(f"{listen!r} is no address and port", hint="such as 127.0.0.1:8420")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            os.write(2, self._ready.encode())
+
+
+def serve(
+    listen: str,
+    data_dir: Path,
+    approvals: ApprovalsGateway | None,
+    enrolment: Secret | None,
+    *,
+    certificate: Certificate | None = None,
+) -> None:
+    """Until SIGTERM or SIGINT; requests under way are finished. The address and the token's file are named on stderr.
+    Raises ConfigurationError for an address that must not be served, PrerequisiteError where it cannot be."""
+    host, port = parse_listen(listen)
+    local = is_loopback(host)
+    if not local and (certificate is None or enrolment is None):
+        raise ConfigurationError(
+            f"{host} is not loopback: hosts and readers would be neither protected nor known",
+            hint="give --tls-cert and --tls-key, and an enrolment token (upstream.token of -c); or put a TLS proxy before 127.0.0.1",
+        )
+    store = Store(data_dir)
+    try:
+        sock = _bind(host, port)
+        app = create_app(
+            store,
+            approvals,
+            token=page_token(data_dir),
+            enrolment=enrolment,
+            hosts=frozenset({host.lower(), "localhost"}) if local else frozenset(),
+            open_to_read=local,
+        )
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11",
+            timeout_graceful_shutdown=GRACE_S,
+            ssl_certfile=certificate.chain if certificate else None,
+            ssl_keyfile=certificate.key if certificate else None,
+        )  # fmt: skip
+        scheme = "https" if certificate else "http"
+        shown = f"[{host}]" if ":" in host else host
+        address = f"{scheme}://{shown}:{sock.getsockname()[1]}"
+        _Server(config, f"{address}  (the page's token is in {data_dir / TOKEN_FILE})\n").run(sockets=[sock])
+    finally:
+        store.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        raise PrerequisiteError(
+            f"{host}:{port} cannot be listened on: {error.strerror}",
+            hint="another collector? name another address with --listen",
+        ) from error
+    return sock
+
+
+__all__ = ["Certificate", "create_app", "is_loopback", "page_token", "parse_listen", "serve"]

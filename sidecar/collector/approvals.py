@@ -1,15 +1,52 @@
-"""What the page needs of whoever holds the pending statements; implemented by control.client, wired by the command line."""
+"""What the page needs of whoever holds the pending statements. Implemented by `control.client`, wired by the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
+class HoldView(Protocol):
+    """One hold as approvers see it; statement and parameters are masked already. Times are ns since the epoch; `state` is
+    `pending`, `approved`, `rejected`, `expired` or `withdrawn`."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def instance(self) -> str: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def statement(self) -> str: ...
+    @property
+    def parameters(self) -> tuple[str, ...] | None: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def principal(self) -> str: ...
+    @property
+    def process(self) -> str: ...
+    @property
+    def opened_ns(self) -> int: ...
+    @property
+    def expires_ns(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def flow(self) -> str: ...
+    @property
+    def decided_by(self) -> str | None: ...
+    @property
+    def decision_reason(self) -> str: ...
+
+
 class ApprovalsGateway(Protocol):
-    def list(self) -> list[Any]:
-        """Hold views (control.protocol.HoldView), pending ones first."""
+    def list(self) -> Sequence[HoldView]:
+        """Pending ones first. Raises ControlError."""
         ...
 
     def decide(self, hold_id: str, approve: bool, by: str, reason: str) -> Any:
-        """Raises ControlError where it is refused."""
+        """Raises ControlError where it is refused. The answer is of no interest."""
         ...

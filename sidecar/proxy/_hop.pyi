@@ -1,12 +1,13 @@
 from typing import Any
 
-from sidecar.audit.spool import StreamWriter
+from sidecar.audit.writer import StreamWriter
 from sidecar.proxy.driver import FlowDriver
 from sidecar.session.postgres_lane import Lane
 
 class Gate:
     open: bool
     writer: StreamWriter | None
+    def __init__(self, full: int) -> None: ...
     def set(self, writer: StreamWriter | None, is_open: bool) -> None: ...
 
 class Receiver:

@@ -3,7 +3,8 @@
 
 import time
 
-from sidecar.errors import AuditError
+from libc.stdint cimport int64_t
+
 from sidecar.session.commands import Send, WriteRecord
 
 cdef object _now_ns = time.time_ns
@@ -15,6 +16,11 @@ cdef class Gate:
 
     cdef public bint open
     cdef public object writer
+    cdef public int64_t full
+
+    def __init__(self, full):
+        """`full`: the size from which on a segment is to be replaced."""
+        self.full = full
 
     def set(self, writer, bint is_open):
         self.writer = writer
@@ -69,12 +75,11 @@ cdef class Receiver:
                 flow.bytes_client += len(data)
             else:
                 flow.bytes_server += len(data)
-            try:
-                gate.writer.append(record)
-            except AuditError:
+            writer = gate.writer
+            if not writer.put(record.id, record.front, record.rest):
                 flow.carry_out([WriteRecord(record), Send(peer.side, data)])
                 return
-            if gate.writer.full:
+            if writer.written >= gate.full:
                 flow.worker.segment_full()
             if self.from_client:
                 flow.requests += 1

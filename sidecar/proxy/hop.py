@@ -13,19 +13,29 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.model.flow import Side
 from sidecar.proxy import limits
-from sidecar.session.postgres_lane import COMPILED
 
 if TYPE_CHECKING:
-    from sidecar.audit.spool import StreamWriter
+    from sidecar.audit.writer import StreamWriter
     from sidecar.proxy.driver import FlowDriver
 
-if TYPE_CHECKING or COMPILED:
-    from sidecar.proxy._hop import Gate as Gate
-    from sidecar.proxy._hop import Receiver
+try:
+    from sidecar.proxy import _hop
+except ImportError:
+    _COMPILED = False
+else:
+    _COMPILED = True
+
+if TYPE_CHECKING or _COMPILED:
+    Gate = _hop.Gate
+    Receiver = _hop.Receiver
 else:
 
     class Gate:
         """There is no short way that could pass it."""
+
+        def __init__(self, full: int) -> None:
+            del full
+            self.open = False
 
         def set(self, writer: StreamWriter | None, is_open: bool) -> None:
             del writer

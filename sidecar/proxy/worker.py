@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import uvloop
 
-from sidecar.audit.spool import StreamWriter
+from sidecar.audit.writer import SEGMENT_BYTES, StreamWriter
 from sidecar.errors import AuditError, SidecarError
 from sidecar.kernel.original_destination import original_destination
 from sidecar.model.flow import FlowFacts
@@ -79,7 +79,7 @@ class Worker:
         self.engine: Engine = builtin_policy()
         self._moment = 0
         self.writer: StreamWriter | None = None
-        self.gate = Gate()
+        self.gate = Gate(SEGMENT_BYTES)
         self.sync_strict = False
         self.on_full_drop = False
         self._dropped = 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.audit.encode import encode_record
-from sidecar.audit.spool import place_of
+from sidecar.audit.writer import place_of
 from sidecar.codecs.postgres import messages as m
 from sidecar.model.flow import Address, FlowFacts, Side, Target
 from sidecar.model.ids import IdSource

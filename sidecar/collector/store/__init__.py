@@ -1,4 +1,7 @@
-"""SQLite in WAL mode: streams, batches, records, flows."""
+"""The collector's store: SQLite in WAL mode. `schema` holds its tables, `summary` what a flow's row says, here is ingest and reading.
+
+Never trusts a host beyond its signature: what a record says of its own place is checked, what it says of anything else is only shown.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +13,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-
-from sidecar.audit import hostkey
-from sidecar.audit.batch import Batch, Header
-from sidecar.audit.chain import genesis
+from sidecar.audit import chain, hostkey
+from sidecar.audit.batch import MAX_RECORDS, Batch, Header
 from sidecar.audit.encode import decode_record
+from sidecar.audit.receipt import RECEIPT, REFUSAL, Said
+from sidecar.collector.store.schema import SCHEMA, SCHEMA_VERSION
+from sidecar.collector.store.summary import summarise
 from sidecar.errors import AuditError
 
 MAX_PAGE: Final = 200
-
-SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS hosts (host TEXT PRIMARY KEY, key BLOB NOT NULL, first_ns INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS streams (stream TEXT PRIMARY KEY, host TEXT NOT NULL, boot TEXT NOT NULL, last INTEGER NOT NULL,
-  head BLOB NOT NULL, ended TEXT NOT NULL DEFAULT '');
-CREATE TABLE IF NOT EXISTS batches (stream TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, header BLOB NOT NULL,
-  sig BLOB NOT NULL, PRIMARY KEY (stream, first, last));
-CREATE TABLE IF NOT EXISTS records (stream TEXT NOT NULL, seq INTEGER NOT NULL, id TEXT NOT NULL, flow TEXT NOT NULL, kind TEXT NOT NULL,
-  ts_ns INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (stream, seq));
-CREATE INDEX IF NOT EXISTS records_flow ON records (flow, ts_ns);
-CREATE INDEX IF NOT EXISTS records_id ON records (id);
-CREATE TABLE IF NOT EXISTS flows (flow TEXT PRIMARY KEY, ts_ns INTEGER NOT NULL, host TEXT NOT NULL,
-  who TEXT NOT NULL, process TEXT NOT NULL,
-  target TEXT NOT NULL, protocol TEXT NOT NULL, requests INTEGER NOT NULL DEFAULT 0, denied INTEGER NOT NULL DEFAULT 0,
-  held INTEGER NOT NULL DEFAULT 0, rows INTEGER NOT NULL DEFAULT 0, closed TEXT NOT NULL DEFAULT '');
-CREATE INDEX IF NOT EXISTS flows_time ON flows (ts_ns DESC);
-"""
+"""Flows in one answer."""
+MAX_FLOW_PAGE: Final = 500
+"""Records of a flow in one answer."""
+DIGITS: Final = 8
+"""Of an id's end that are indexed: the short id that people type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
+    """`repeated`: all of it was known already."""
+
     header: Header
     repeated: bool
+
+
+class Refusal(AuditError):
+    """A batch that is genuine, and cannot be taken; `last` and `head` are what is held of the stream (-1, empty: nothing)."""
+
+    def __init__(self, message: str, header: Header, last: int = -1, head: bytes = b"") -> None:
+        super().__init__(message)
+        self.header = header
+        self.last = last
+        self.head = head
 
 
 class Store:
     """Thread-safe: one connection behind a lock. Raises AuditError for what must not be stored."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.key = hostkey.load_or_create(directory, "collector.key", "collector.pub")
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(
-            directory / "collector.sqlite", check_same_thread=False, isolation_level=None
-        )
-        self._db.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
-            self._db.execute(f"PRAGMA {pragma}")
-        self._db.executescript(SCHEMA)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.key = hostkey.load_or_create(directory, "collector.key", "collector.pub")
+            self._lock = threading.Lock()
+            self._db = sqlite3.connect(
+                directory / "collector.sqlite", check_same_thread=False, isolation_level=None
+            )
+            self._db.row_factory = sqlite3.Row
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+                self._db.execute(f"PRAGMA {pragma}")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            made = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'streams'").fetchone()[0]
+            if version != SCHEMA_VERSION and (version or made):
+                raise AuditError(
+                    f"{directory} was written by another version (store {version}, this is {SCHEMA_VERSION})",
+                    hint="name another directory with --data",
+                )
+            self._db.executescript(SCHEMA)
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except (OSError, sqlite3.Error) as error:
+            raise AuditError(f"the store in {directory} cannot be used: {error}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -70,126 +84,174 @@ class Store:
                 raise
             self._db.execute("COMMIT")
 
+    # -- ingest
+
     def ingest(self, batch: Batch, now_ns: int) -> Accepted:
-        """Verify against what is known of the host and stream, then store. Idempotent."""
+        """Verify against what is known of the host and stream, then store; on disk when it returns. Idempotent, also where
+        the batch's bounds differ from those of the first time. Raises Refusal, or AuditError for what is not genuine."""
+        if len(batch.records) > MAX_RECORDS:
+            raise AuditError(f"a batch holds at most {MAX_RECORDS} records")
         header = batch.check()
-        with self._transaction() as db:
-            known = db.execute("SELECT key FROM hosts WHERE host = ?", (header.host,)).fetchone()
-            if known is None:
-                db.execute("INSERT INTO hosts VALUES (?, ?, ?)", (header.host, batch.key, now_ns))
-            elif known["key"] != batch.key:
-                raise AuditError(
-                    f"host {header.host} signs with another key than before: reinstalled, or somebody else"
-                )
-            stream = db.execute("SELECT * FROM streams WHERE stream = ?", (header.stream,)).fetchone()
-            if stream is None:
-                if header.first != 0 or header.prev != genesis(batch.key, header.stream, header.boot):
-                    raise AuditError("the first batch of a stream does not begin at its start")
-                db.execute(
-                    "INSERT INTO streams VALUES (?, ?, ?, -1, ?, '')",
-                    (header.stream, header.host, header.boot, header.prev),
-                )
-                last, head, ended = -1, header.prev, ""
-            else:
-                last, head, ended = stream["last"], stream["head"], stream["ended"]
-                if stream["host"] != header.host or stream["boot"] != header.boot:
-                    raise AuditError("the stream belongs to another host or boot")
-            if header.last <= last and (header.last >= header.first or ended):
-                same = db.execute(
-                    "SELECT header FROM batches WHERE stream = ? AND first = ? AND last = ?",
-                    (header.stream, header.first, header.last),
-                ).fetchone()
-                if same is None or Header.decode(same["header"]).head != header.head:
-                    raise AuditError("the stream was forked: another batch is known for these records")
-                return Accepted(header, True)
-            if ended:
-                raise AuditError("the stream has ended")
-            if header.first != last + 1 or header.prev != head:
-                raise AuditError(
-                    f"the batch does not follow record {last}: records are missing, or were rolled back"
-                )
-            db.execute(
-                "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?, ?)",
-                (header.stream, header.first, header.last, batch.header, batch.signature),
+        try:
+            with self._transaction() as db:
+                self._pin(db, batch, header, now_ns)
+                return self._ingest(db, batch, header)
+        except (sqlite3.Error, OverflowError) as error:
+            raise AuditError(f"the batch cannot be stored: {error}") from error
+
+    @staticmethod
+    def _pin(db: sqlite3.Connection, batch: Batch, header: Header, now_ns: int) -> None:
+        """A host is known by the key that it came with first."""
+        known = db.execute("SELECT key FROM hosts WHERE host = ?", (header.host,)).fetchone()
+        if known is None:
+            db.execute("INSERT INTO hosts VALUES (?, ?, ?)", (header.host, batch.key, now_ns))
+        elif known["key"] != batch.key:
+            raise Refusal(
+                f"host {header.host} is known with another key: it was reinstalled, or is somebody else",
+                header,
             )
-            for offset, body in enumerate(batch.records):
-                self._record(db, header, header.first + offset, body)
+
+    def _ingest(self, db: sqlite3.Connection, batch: Batch, header: Header) -> Accepted:
+        stream = db.execute("SELECT * FROM streams WHERE stream = ?", (header.stream,)).fetchone()
+        if stream is None:
+            start = chain.genesis(batch.key, header.stream, header.boot)
+            if header.first != 0:
+                raise Refusal(
+                    f"nothing is held of this stream and the batch begins with record {header.first}: "
+                    "this collector was rolled back, or records were lost",
+                    header,
+                )
+            if header.prev != start:
+                raise Refusal("the stream does not begin at its genesis", header)
             db.execute(
-                "UPDATE streams SET last = ?, head = ?, ended = ? WHERE stream = ?",
-                (header.last, header.head, header.end, header.stream),
+                "INSERT INTO streams VALUES (?, ?, ?, -1, ?, '')",
+                (header.stream, header.host, header.boot, start),
             )
+            last, head, ended = -1, start, ""
+        else:
+            last, head, ended = stream["last"], stream["head"], stream["ended"]
+            if stream["host"] != header.host or stream["boot"] != header.boot:
+                raise Refusal("the stream belongs to another host or boot", header, last, head)
+        if header.first > last + 1:
+            raise Refusal(
+                f"records {last + 1} to {header.first - 1} are missing: this collector was rolled back, or they were lost",
+                header, last, head,
+            )  # fmt: skip
+        if not self._continues(db, batch, header, last, head):
+            raise Refusal("the stream was forked: other records are held in this place", header, last, head)
+        fresh = header.last > last
+        if ended and (fresh or header.end not in ("", ended)):
+            raise Refusal("the stream has ended", header, last, head)
+        if not fresh and (ended or not header.end):
+            return Accepted(header, True)
+        db.execute(
+            "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?, ?)",
+            (header.stream, header.first, header.last, batch.header, batch.signature),
+        )
+        for seq in range(last + 1, header.last + 1):
+            self._insert(db, header, seq, batch.records[seq - header.first])
+        db.execute(
+            "UPDATE streams SET last = ?, head = ?, ended = ? WHERE stream = ?",
+            (max(header.last, last), header.head if fresh else head, header.end, header.stream),
+        )
         return Accepted(header, False)
 
     @staticmethod
-    def _record(db: sqlite3.Connection, header: Header, seq: int, body: bytes) -> None:
+    def _continues(db: sqlite3.Connection, batch: Batch, header: Header, last: int, head: bytes) -> bool:
+        """Whether batch and store agree on the last record that both know."""
+        if header.last >= last:
+            known = header.prev
+            for record in batch.records[: last + 1 - header.first]:
+                known = chain.link(known, record)
+            return known == head
+        reached = header.head
+        for row in db.execute(
+            "SELECT body FROM records WHERE stream = ? AND seq > ? ORDER BY seq", (header.stream, header.last)
+        ):
+            reached = chain.link(reached, row["body"])
+        return reached == head
+
+    @staticmethod
+    def _insert(db: sqlite3.Connection, header: Header, seq: int, body: bytes) -> None:
         record = decode_record(body)
-        flow, kind = str(record.get("flow", "")), str(record.get("kind", ""))
+        if (record.get("stream"), record.get("seq"), record.get("host")) != (header.stream, seq, header.host):
+            raise Refusal(f"record {seq} names another place than it stands at", header, seq - 1)
+        identity, flow, kind = (str(record.get(name, "")) for name in ("id", "flow", "kind"))
+        ts_ns = record.get("ts_ns")
+        if not isinstance(ts_ns, int) or not 0 <= ts_ns < 1 << 63:
+            raise Refusal(f"record {seq} has no time", header, seq - 1)
         db.execute(
-            "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (header.stream, seq, str(record.get("id", "")), flow, kind, int(record.get("ts_ns", 0)), body),
+            "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (header.stream, seq, identity, identity[-DIGITS:], flow, kind, ts_ns, body),
         )
-        if not flow:
-            return
-        if kind == "open":
-            origin, target = record.get("origin") or {}, record.get("target") or {}
-            principal = record.get("principal") or {}
-            process = f"{Path(str(origin.get('exe') or origin.get('comm') or 'unknown')).name} [{origin.get('tgid', '?')}]"
-            denied = int((record.get("verdict") or {}).get("action") == "deny")
-            db.execute(
-                "INSERT OR IGNORE INTO flows (flow, ts_ns, host, who, process, target, protocol, denied) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (flow, record["ts_ns"], header.host, str(principal.get("subject", "")), process,
-                 f"{target.get('name') or target.get('host')}:{target.get('port')}", str(target.get("protocol", "")), denied),
-            )  # fmt: skip
-        elif kind == "request":
-            action = (record.get("verdict") or {}).get("action")
-            db.execute(
-                "UPDATE flows SET requests = requests + 1, denied = denied + ?, held = held + ? WHERE flow = ?",
-                (action == "deny", action == "hold", flow),
-            )
-        elif kind == "response":
-            db.execute(
-                "UPDATE flows SET rows = rows + ? WHERE flow = ?",
-                (int((record.get("response") or {}).get("rows", 0)), flow),
-            )
-        elif kind == "close":
-            db.execute("UPDATE flows SET closed = ? WHERE flow = ?", (str(record.get("reason", "")), flow))
+        if flow:
+            summarise(db, record, flow, kind, ts_ns, header.host)
 
     def receipt(self, accepted: Accepted, now_ns: int) -> dict[str, Any]:
         """Our signed word that we hold the stream up to this head."""
         header = accepted.header
-        receipt = {
-            "stream": header.stream,
-            "last": header.last,
-            "head": header.head.hex(),
-            "ts_ns": now_ns,
-            "v": 1,
-        }
-        signed = orjson.dumps(receipt, option=orjson.OPT_SORT_KEYS)
-        return {"receipt": receipt, "sig": self.key.sign(signed).hex(), "key": self.key.public.hex()}
+        return Said(
+            RECEIPT, header.host, header.stream, header.last, header.head.hex(), bool(header.end), "", now_ns
+        ).sign(self.key)
+
+    def refusal(self, refused: Refusal, now_ns: int) -> dict[str, Any]:
+        """Our signed word that we cannot take the stream, and what we hold of it."""
+        header = refused.header
+        return Said(
+            REFUSAL,
+            header.host,
+            header.stream,
+            refused.last,
+            refused.head.hex(),
+            False,
+            refused.message,
+            now_ns,
+        ).sign(self.key)
+
+    # -- reading
 
     def flows(self, text: str = "", limit: int = 100, before_ns: int | None = None) -> list[dict[str, Any]]:
-        like = f"%{text}%"
+        """Newest first; `text` is looked for in principal, process, target, host and flow id."""
+        like = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
         with self._lock:
             rows = self._db.execute(
-                "SELECT * FROM flows WHERE (? = '' OR who LIKE ? OR process LIKE ? OR target LIKE ? OR flow LIKE ?)"
-                " AND (? IS NULL OR ts_ns < ?) ORDER BY ts_ns DESC LIMIT ?",
-                (text, like, like, like, like, before_ns, before_ns, min(limit, MAX_PAGE)),
+                "SELECT * FROM flows WHERE (?1 = '' OR who LIKE ?2 ESCAPE '\\' OR process LIKE ?2 ESCAPE '\\'"
+                " OR target LIKE ?2 ESCAPE '\\' OR host LIKE ?2 ESCAPE '\\' OR flow LIKE ?2 ESCAPE '\\')"
+                " AND (?3 IS NULL OR ts_ns < ?3) ORDER BY ts_ns DESC LIMIT ?4",
+                (text, like, before_ns, max(1, min(limit, MAX_PAGE))),
             ).fetchall()
         return [dict(row) for row in rows]
 
-    def flow(self, flow: str, limit: int = 2000) -> list[dict[str, Any]]:
+    def summary(self, flow: str) -> dict[str, Any] | None:
+        with self._lock:
+            row = self._db.execute("SELECT * FROM flows WHERE flow = ?", (flow,)).fetchone()
+        return dict(row) if row else None
+
+    def opening(self, flow: str) -> dict[str, Any] | None:
+        """The flow's `open` record."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT body FROM records WHERE flow = ? AND kind = 'open' ORDER BY ts_ns LIMIT 1", (flow,)
+            ).fetchone()
+        return decode_record(row["body"]) if row else None
+
+    def flow(self, flow: str, limit: int = MAX_FLOW_PAGE, offset: int = 0) -> list[dict[str, Any]]:
+        """Records in order of time."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT body FROM records WHERE flow = ? ORDER BY ts_ns, stream, seq LIMIT ?", (flow, limit)
+                "SELECT body FROM records WHERE flow = ? ORDER BY ts_ns, stream, seq LIMIT ? OFFSET ?",
+                (flow, max(1, min(limit, MAX_FLOW_PAGE)), max(0, offset)),
             ).fetchall()
         return [decode_record(row["body"]) for row in rows]
 
     def record(self, record_id: str) -> dict[str, Any] | None:
+        """By full id or by its last eight digits; None where there is none or several."""
+        short = record_id[-DIGITS:]
         with self._lock:
-            row = self._db.execute(
-                "SELECT body FROM records WHERE id = ? OR id LIKE ? LIMIT 1", (record_id, f"%{record_id}")
-            ).fetchone()
-        return decode_record(row["body"]) if row else None
+            rows = self._db.execute(
+                "SELECT body FROM records WHERE short = ? AND id LIKE ? LIMIT 2", (short, f"%{record_id}")
+            ).fetchall()
+        return decode_record(rows[0]["body"]) if len(rows) == 1 else None
 
     def close(self) -> None:
         with self._lock:
