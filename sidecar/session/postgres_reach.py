@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 from sidecar.model.verdict import Engine, MaskPlan
 from sidecar.policy import sql
+from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.reach import ANYTHING, CLEAN, MASKED, described, together
+from sidecar.policy.sql_vocabulary import TABLE_BY_NAME
 from sidecar.session.postgres_catalog import Catalog
+from sidecar.session.postgres_exchange import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,22 @@ def refusal(engine: Engine, catalog: Catalog, plan: MaskPlan, text: str, *, copi
         derived=together(flow.derived for flow in flows),
         copies=copies,
     )
+
+
+def touches_masked(catalog: Catalog, plan: MaskPlan, decision: Decision) -> bool:
+    """Whether an error or a notice of the statement could quote a masked column: it names a table that has one, or calls what
+    may read any."""
+    facts = decision.verdict.sql
+    if decision.reached or facts is None:
+        return True
+    for part in decision.verdict.objects:
+        schema, _, name = part.name.rpartition(".")
+        if part.access == "call":
+            if name not in builtin_functions() or name in catalog.own or name in TABLE_BY_NAME:
+                return True
+        elif catalog.may_mask(plan, schema, name, "*"):
+            return True
+    return "DO" in facts.statements or "CALL" in facts.statements
 
 
 __all__ = ["ANYTHING", "CatalogRelations", "masked_columns", "refusal"]

@@ -14,6 +14,7 @@ from sidecar.model.record import ColumnPart, Record, ResponsePart
 from sidecar.model.verdict import MaskPlan, ValueMask
 from sidecar.session.context import SessionContext
 from sidecar.session.postgres_catalog import FIRST_USER_OID
+from sidecar.session.postgres_errors import scrubbed
 from sidecar.session.postgres_exchange import (
     Decision,
     Exchange,
@@ -24,7 +25,7 @@ from sidecar.session.postgres_exchange import (
     discard,
     response_record,
 )
-from sidecar.session.postgres_reach import masked_columns
+from sidecar.session.postgres_reach import masked_columns, touches_masked
 from sidecar.session.postgres_startup import CLIENT, Opening
 
 DETECT_TYPES: Final = frozenset({18, 19, 25, 114, 142, 705, 1042, 1043, 3802})
@@ -184,6 +185,8 @@ class Results(Opening):
         if kind in b"NAS":
             if kind == b"S":
                 self._parameter(data[offset + 5 : after])
+            elif kind == b"N" and current is not None:
+                return self._withheld(current, b"N", messages.parse_fields(data[offset + 5 : after]))
             return None
         if current is None:
             return None
@@ -490,11 +493,26 @@ class Results(Opening):
         if shown is not None:
             current.rewrite = b""
         else:
-            current.error = _error_part(values)
+            shown = self._withheld(current, b"E", values)
+            current.error = _error_part(messages.parse_fields(shown[5:]) if shown is not None else values)
         if current.kind in "QFS":
             return shown
         self._skip_to_sync()
         return shown
+
+    def _withheld(self, current: Exchange, kind: bytes, values: dict[str, str]) -> bytes | None:
+        """An error or notice without what could quote a masked column; None: as it is."""
+        version, decision = current.version, current.decision
+        if decision is None and version is not None:
+            statements = version.statements if isinstance(version, Portal) else (version,)
+            decision = self.judge.strictest(statements)
+        plan = decision.plan or decision.record_plan if decision is not None else None
+        if decision is None or plan is None or not plan.has_columns:
+            return None
+        shown = scrubbed(values)
+        if shown is None or not touches_masked(self._catalog, plan, decision):
+            return None
+        return messages.fields(kind, shown)
 
     def _skip_to_sync(self) -> None:
         """The server ignores all that was sent after the failure, simple queries too, up to the next Sync."""

@@ -11,7 +11,7 @@ from sidecar.policy import load_policy
 from sidecar.session.postgres import PostgresSession
 from tests.support import postgres_wire as wire
 from tests.support.free_port import free_port
-from tests.support.mask_corpus import ALLOWED, POLICY, REFUSED, RESULTS, SCHEMA
+from tests.support.mask_corpus import ALLOWED, ERRORS, POLICY, REFUSED, RESULTS, SCHEMA
 from tests.support.postgres_server import PostgresServer
 from tests.support.session_relay import SessionRelay
 
@@ -107,6 +107,30 @@ def test_what_moves_no_masked_column_goes_on(steered: wire.Wire, text: str) -> N
     steered.ask(wire.query("ROLLBACK"))
     assert not wire.errors(found), wire.errors(found)
     assert not revealed(found)
+
+
+@pytest.mark.parametrize("extended", [False, True], ids=["text", "binary"])
+@pytest.mark.parametrize(("text", "state"), ERRORS)
+def test_no_error_or_notice_quotes_a_masked_value(
+    direct: wire.Wire, steered: wire.Wire, text: str, state: str, extended: bool
+) -> None:
+    assert revealed(ask(direct, text, extended=extended)), "the server itself does not show it"
+    found = ask(steered, text, extended=extended)
+    said = [wire.fields(body) for kind, body in found if kind in "EN"]
+    assert [fields["C"] for fields in said] == [state]
+    assert not revealed(found)
+
+
+def test_errors_that_quote_no_masked_value_stay_as_they_are(direct: wire.Wire, steered: wire.Wire) -> None:
+    for text in (
+        "SELECT 'x1'::int",
+        "SELECT nobody FROM customers",
+        "SELECT ssn::int FROM orders",
+        "SELECT 1 / 0",
+    ):
+        assert wire.errors(ask(steered, text, extended=False)) == wire.errors(
+            ask(direct, text, extended=False)
+        )
 
 
 def test_the_corpus_is_as_large_as_is_promised() -> None:

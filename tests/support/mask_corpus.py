@@ -44,6 +44,8 @@ CREATE FUNCTION other.initcap(int) RETURNS text LANGUAGE sql AS 'SELECT ssn FROM
 CREATE FUNCTION glue(int, int) RETURNS text LANGUAGE sql AS 'SELECT ssn FROM public.customers ORDER BY id LIMIT 1';
 CREATE OPERATOR %% (LEFTARG = int, RIGHTARG = int, FUNCTION = glue);
 CREATE VIEW calling AS SELECT id, peek() AS p FROM orders;
+CREATE FUNCTION secret_error(text) RETURNS bool LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no: %'', $1; END';
+CREATE FUNCTION secret_notice() RETURNS int LANGUAGE plpgsql AS 'BEGIN RAISE NOTICE ''%'', (SELECT ssn FROM public.customers LIMIT 1); RETURN 1; END';
 ANALYZE customers;
 """
 
@@ -310,3 +312,20 @@ ALLOWED: Final = (
     "CREATE VIEW v1 AS SELECT ssn AS x FROM customers",
     "SELECT pg_notify('c', name) FROM customers",
 )
+
+ERRORS: Final = (
+    ("SELECT ssn::int FROM customers", "22P02"),
+    ("SELECT ssn::regclass FROM customers", "42P01"),
+    ("SELECT ssn::regtype FROM customers", "42601"),
+    ("SELECT replace(ssn, '-', '.a.b.')::regclass FROM customers", "42601"),
+    ("SELECT ssn::regnamespace FROM customers", "3F000"),
+    ("SELECT chr(salary::int * 10) FROM staff", "54000"),
+    ("SELECT ssn::date FROM customers", "22007"),
+    ("SELECT ssn::json FROM customers", "22P02"),
+    ("SELECT 1 FROM customers WHERE secret_error(ssn)", "P0001"),
+    ("SELECT secret::int FROM people", "22P02"),
+    ("SELECT id FROM customers WHERE ssn::int = 1", "22P02"),
+    ("UPDATE customers SET id = NULL", "23502"),
+    ("SELECT secret_notice()", "00000"),
+)
+"""Statements whose error or notice quotes a masked value, and its SQLSTATE."""

@@ -1,0 +1,165 @@
+"""Definitions that change under an open connection, and how strictly the document wants masks kept: against a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from sidecar.model.flow import Address
+from sidecar.policy import load_policy
+from sidecar.session.postgres import PostgresSession
+from tests.support import postgres_wire as wire
+from tests.support.free_port import free_port
+from tests.support.mask_corpus import POLICY, SCHEMA
+from tests.support.postgres_server import PostgresServer
+from tests.support.session_relay import SessionRelay
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with PostgresServer(port=free_port()) as running:
+        yield running
+
+
+@contextmanager
+def steered(server: PostgresServer, **options: str) -> Iterator[wire.Wire]:
+    server.sql(SCHEMA)
+    lines = "".join(f"{name}: {word}\n" for name, word in options.items())
+    engine = load_policy(POLICY.replace("version: 1\n", f"version: 1\n{lines}"), "policy.yaml")
+    with (
+        SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay,
+        wire.Wire(relay.address, user="postgres") as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def client(server: PostgresServer) -> Iterator[wire.Wire]:
+    with steered(server) as running:
+        yield running
+
+
+def values(client: wire.Wire, text: str) -> list[list[bytes | None]]:
+    found = client.ask(wire.query(text))
+    assert not wire.errors(found), wire.errors(found)
+    return wire.rows(found)
+
+
+def refused(client: wire.Wire, text: str) -> str:
+    (error,) = wire.errors(client.ask(wire.query(text)))
+    assert error["C"] == "42501", error
+    return error["M"]
+
+
+@pytest.mark.parametrize("begin", ["BEGIN", "SELECT 1"])
+@pytest.mark.parametrize(
+    ("change", "relation"),
+    [
+        ("CREATE VIEW fresh AS SELECT ssn AS name FROM customers", "fresh"),
+        ("CREATE OR REPLACE VIEW harmless AS SELECT id, ssn AS name FROM customers", "harmless"),
+        ("CREATE TABLE fresh () INHERITS (customers); INSERT INTO fresh (id, name) VALUES (1, 'zq7wk-x')", "fresh"),
+    ],
+)  # fmt: skip
+def test_a_definition_counts_from_its_statement_on(
+    client: wire.Wire, begin: str, change: str, relation: str
+) -> None:
+    values(client, begin)
+    values(client, change)
+    if "INHERITS" not in change:
+        assert set(map(tuple, values(client, f"SELECT upper(name) FROM {relation}"))) == {(b"[redacted]",)}
+        assert "pii" in refused(client, f"INSERT INTO sink SELECT name FROM {relation}")
+    else:
+        assert values(client, f"SELECT ssn FROM {relation}") == [[None]]
+
+
+def test_a_view_on_a_view_is_not_trusted_when_the_inner_one_is_replaced(client: wire.Wire) -> None:
+    values(client, "CREATE VIEW outermost AS SELECT name AS shown FROM harmless")
+    assert values(client, "SELECT upper(shown) FROM outermost")[0] == [b"NAME 1"]
+    values(client, "BEGIN")
+    values(client, "CREATE OR REPLACE VIEW harmless AS SELECT id, ssn AS name FROM customers")
+    assert values(client, "SELECT upper(shown) FROM outermost")[0] == [b"[redacted]"]
+    assert "pii" in refused(client, "COPY (SELECT * FROM outermost) TO STDOUT")
+
+
+def test_a_job_that_stages_its_data_in_one_transaction_is_not_hindered(client: wire.Wire) -> None:
+    for text in (
+        "BEGIN",
+        "CREATE TEMP TABLE stage AS SELECT id, name FROM customers",
+        "CREATE INDEX ON stage (id)",
+        "ALTER TABLE stage ADD COLUMN extra text",
+        "UPDATE stage SET extra = upper(name)",
+        "INSERT INTO sink SELECT name, extra FROM stage",
+        "INSERT INTO sink SELECT name, total::text FROM customers c JOIN orders o ON o.customer_id = c.id",
+        "COMMIT",
+    ):
+        values(client, text)
+    assert values(client, "SELECT max(a), count(*) FROM sink") == [[b"name 3", b"5"]]
+
+
+def test_a_function_made_meanwhile_under_a_name_of_postgresqls_is_not_trusted(client: wire.Wire) -> None:
+    assert values(client, "SELECT initcap('a')") == [
+        [b"[redacted]"]
+    ]  # other.initcap is there from the beginning
+    assert values(client, "SELECT reverse('ab')") == [[b"ba"]]
+    values(client, "BEGIN")
+    values(client, "CREATE FUNCTION reverse(int) RETURNS text LANGUAGE sql AS 'SELECT ''x''::text'")
+    assert values(client, "SELECT reverse(1)") == [[b"[redacted]"]]
+
+
+def test_what_a_block_of_code_may_have_defined_is_masked_until_it_is_known(client: wire.Wire) -> None:
+    values(client, "BEGIN")
+    values(client, "DO $$ BEGIN PERFORM 1; END $$")
+    assert values(client, "SELECT upper(name), 1 + 1 FROM harmless")[0] == [b"[redacted]", b"2"]
+    values(client, "COMMIT")
+    assert values(client, "SELECT upper(name) FROM harmless")[0] == [b"NAME 1"]
+
+
+def test_on_derived_deny(server: PostgresServer) -> None:
+    with steered(server, on_derived="deny") as client:
+        assert "made from a masked column" in refused(client, "SELECT upper(ssn) FROM customers")
+        assert "made from a masked column" in refused(client, "SELECT upper(secret) FROM people")
+        assert values(client, "SELECT ssn, upper(name), count(*) FROM customers GROUP BY 1, 2 ORDER BY 2")[0] == [
+            b"[redacted]", b"NAME 1", b"1"
+        ]  # fmt: skip
+        assert values(client, "SELECT secret FROM people")[0] == [b"[redacted]"]
+
+
+def test_on_opaque_deny_and_allow(server: PostgresServer) -> None:
+    with steered(server, on_opaque="deny") as client:
+        for text in ("SELECT peek()", "DO $$ BEGIN END $$", "SELECT 1 WHERE peek() = ''", "SELECT 1 %% 2"):
+            assert "looked into" in refused(client, text)
+        assert values(client, "SELECT upper(name) FROM customers")[0] == [b"NAME 1"]
+    with steered(server, on_opaque="allow") as client:
+        assert values(client, "SELECT other.initcap(1) IS NULL") == [[b"f"]]
+        values(client, "INSERT INTO sink SELECT peek()")
+        assert values(client, "SELECT secret_error(ssn) FROM customers WHERE false") == []
+        assert values(client, "SELECT upper(ssn), 1 FROM customers")[0] == [b"[redacted]", b"1"]
+
+
+def test_predicates_deny(server: PostgresServer) -> None:
+    with steered(server, predicates="deny") as client:
+        for text in (
+            "SELECT 1 FROM customers WHERE ssn LIKE 'z%'",
+            "SELECT count(*) FROM customers GROUP BY ssn",
+            "SELECT id FROM customers ORDER BY ssn",
+            "SELECT id FROM customers c JOIN numbers ON c.ssn = n::text",
+            "SELECT count(*) FROM customers HAVING max(ssn) > 'a'",
+            "SELECT name FROM people WHERE secret = 'a'",
+            "UPDATE customers SET name = 'a' WHERE ssn = 'a'",
+            "DELETE FROM customers WHERE ssn = 'a'",
+            "SELECT row_number() OVER (ORDER BY ssn) FROM customers",
+            "SELECT id FROM (SELECT id, ssn AS x FROM customers) q WHERE x > 'a'",
+            "SELECT exists(SELECT 1 FROM customers WHERE ssn = 'a')",
+        ):
+            assert "conditions look at a masked column" in refused(client, text)
+        for text in (
+            "SELECT ssn FROM customers WHERE id = 1 ORDER BY name",
+            "SELECT name, count(*) FROM people GROUP BY name",
+            "SELECT ssn FROM orders WHERE ssn = 'open-1'",
+            "SELECT ssn AS id, name AS ssn FROM customers ORDER BY 2, ssn",
+        ):
+            assert values(client, text)
