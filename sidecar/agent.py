@@ -197,34 +197,57 @@ class Agent:
         return (root,)
 
     async def stop(self) -> None:
-        """Undo everything, in the order of failing closed. Never raises for what is already gone."""
+        """Undo everything, in the order of failing closed. A step that fails is logged and hinders no later one."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for step in (
+            self._stop_flows, self._stop_steering, self._stop_listening, self._stop_recording, self._stop_collector,
+            self._remove_traces,
+        ):  # fmt: skip
+            try:
+                await step()
+            except (SidecarError, OSError) as error:
+                log.error("stopping, %s: %s", step.__name__.removeprefix("_").replace("_", " "), error)
+
+    async def _stop_flows(self) -> None:
         if self.steering is not None:
             await asyncio.get_running_loop().run_in_executor(self._kernel_thread, self._take_events)
         if self.pool is not None:
             await self.pool.stop(limits.DRAIN_S if self.mode == "run" else 0.5)
+
+    async def _stop_steering(self) -> None:
         if self.steering is not None:
             await asyncio.get_running_loop().run_in_executor(self._kernel_thread, self.steering.close)
+
+    async def _stop_listening(self) -> None:
         if self._control is not None:
             await self._control.close()
         if self._listeners is not None:
             self._listeners.close()
         if self.resolver is not None:
             self.resolver.close()
-        if self.spool is not None:
+
+    async def _stop_recording(self) -> None:
+        if self.spool is None:
+            return
+        try:
             if self._writer is not None:
                 self.record_agent("stopped", self.mode)
                 await self._spool_call(self.spool.close_stream, self._own_stream, "stopped")
             await self._spool_call(self.spool.commit)
             if self.shipper is not None:
                 await self.shipper.stop(flush_s=5.0)
+        finally:
             await self._spool_call(self.spool.close)
+
+    async def _stop_collector(self) -> None:
         if self.collector is not None:
             await self.collector.stop()
+
+    async def _remove_traces(self) -> None:
         if self._cgroup_made:
-            cgroups.remove(self.instance)
+            await asyncio.to_thread(cgroups.remove, self.instance)
         for thread in (self._kernel_thread, self._spool_thread, self._names_thread, self._reader_thread):
             thread.shutdown(wait=False, cancel_futures=True)
         directory = RUN_DIRECTORY / self.instance

@@ -5,14 +5,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Final
 
 from sidecar.errors import PrerequisiteError
 
+log = logging.getLogger(__name__)
+
 PARENT: Final = "sidecar"
+REMOVE_S: Final = 5.0
+"""How long a cgroup is waited for whose processes are just exiting."""
 
 
 def cgroup2_mount() -> Path:
@@ -69,40 +75,78 @@ def of(pid: int) -> str:
     return "/"
 
 
-def remove(instance: str) -> list[str]:
-    """Remove an instance's cgroups; processes that are left (our own) go back to the root. Returns what was removed."""
+def populated(cgroup: Path) -> bool:
+    """Whether a process lives in it or below it (cgroup.events); the root has no such file and always is."""
+    try:
+        return "populated 1" in (cgroup / "cgroup.events").read_text()
+    except FileNotFoundError:
+        return cgroup.is_dir()
+
+
+def end_job(instance: str) -> None:
+    """Kill what is left in an instance's job cgroup. To be called while its hooks still stand: nobody else steers these processes."""
+    job = instance_directory(instance) / "job"
+    if job.is_dir() and populated(job):
+        _kill(job)
+
+
+def remove(instance: str, *, job_covered: bool = False) -> list[str]:
+    """Remove an instance's cgroups. Our own processes go back to the root. Those of the job do so only where an agent steers them
+    there (`job_covered`); else they are killed, and where that does not help the cgroup stays, and is named in the log.
+    Returns what was removed."""
     root = cgroup2_mount()
     directory = root / PARENT / instance
+    if not job_covered:
+        end_job(instance)
     removed = []
     for child in (directory / "inspector", directory / "job", directory):
         if not child.is_dir():
             continue
-        for pid in processes(child):
-            try:
-                move(pid, root)
-            except OSError:
-                continue
+        if child.name == "inspector" or (child.name == "job" and job_covered):
+            for cgroup in (child, *(path for path in child.rglob("*") if path.is_dir())):
+                for pid in processes(cgroup):
+                    try:
+                        move(pid, root)
+                    except OSError:
+                        continue  # it has just exited
         for nested in sorted((p for p in child.rglob("*") if p.is_dir()), reverse=True):
             _rmdir(nested)
         if _rmdir(child):
             removed.append(f"cgroup {child}")
+        elif child.is_dir():
+            log.warning(
+                "%s cannot be removed: processes %s are left in it", child, processes(child) or "below it"
+            )
     _rmdir(root / PARENT)
     return removed
 
 
+def _kill(cgroup: Path) -> None:
+    try:
+        (cgroup / "cgroup.kill").write_text("1")
+    except FileNotFoundError:  # before Linux 5.14
+        for members in (cgroup / "cgroup.procs", *cgroup.glob("**/cgroup.procs")):
+            for pid in processes(members.parent):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+
+
 def _rmdir(directory: Path) -> bool:
-    for _ in range(20):  # a process that has just exited is still counted for a moment
+    """Waits for processes that are just exiting; False where it is not there, has cgroups below it, or stays populated."""
+    deadline = time.monotonic() + REMOVE_S
+    while True:
         try:
             os.rmdir(directory)
         except FileNotFoundError:
             return False
         except OSError:
-            if any(child.is_dir() for child in directory.iterdir()):
+            if any(child.is_dir() for child in directory.iterdir()) or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         else:
             return True
-    return False
 
 
 def instances() -> list[str]:

@@ -1,7 +1,7 @@
 """Finding and removing what instances have left in the kernel: hooks, tables, cgroups, entries of the shared map.
 
-The order fails closed: what an instance owned is first given up, so that an agent at the root covers it again; then its hooks
-go, the guard last.
+The order fails closed: what is left of a job is ended, or what its instance owned is first given up, so that an agent at the root
+covers it again; then its hooks go, the guard last.
 """
 
 from __future__ import annotations
@@ -102,26 +102,48 @@ def _give_up(state: dict[str, object]) -> None:
         os.close(owners)
 
 
+def _root_is_steered(*, but: str) -> bool:
+    """Whether a live instance covers every process of the host."""
+    root = cgroups.cgroup2_mount()
+    return any(
+        cgroup == root and not hook.startswith("sidecar_bind")
+        for instance, state in states().items()
+        if instance != but and alive(state)
+        for hook, cgroup, _ in _remaining(state)
+    )
+
+
 def _remove(instance: str, state: dict[str, object]) -> list[str]:
+    covered = _root_is_steered(but=instance)
+    if not covered:
+        cgroups.end_job(instance)
     _give_up(state)
     removed = _detach(_remaining(state))
     if nft.delete(nft.table_name(instance)):
         removed.append(f"table inet {nft.table_name(instance)}")
-    removed += cgroups.remove(instance)
+    removed += cgroups.remove(instance, job_covered=covered)
     directory = RUN_DIRECTORY / instance
     (directory / "control.sock").unlink(missing_ok=True)
     forget(instance)
     return removed
 
 
-def remove_dead(*, except_for: str) -> list[str]:
+def remove_dead(*, except_for: str, covered: tuple[Path, ...]) -> list[str]:
     """Remove what instances whose supervisor is gone have left; called after our own hooks stand.
 
+    Only where nobody loses his steering by that: the dead one's scope lies within `covered` (the caller's own), or no process is
+    left in it. Else its hooks go on refusing, until `sidecar down`: a job must not get past because another one begins.
     Instances of another network namespace keep their table there: only their hooks can be removed from here.
     """
     removed = []
     for instance, state in states().items():
-        if instance != except_for and not alive(state):
+        if instance == except_for or alive(state):
+            continue
+        scopes = {cgroup for hook, cgroup, _ in _remaining(state) if not hook.startswith("sidecar_bind")}
+        if all(
+            any(scope.is_relative_to(ours) for ours in covered) or not cgroups.populated(scope)
+            for scope in scopes
+        ):
             removed += _remove(instance, state)
     return removed
 

@@ -160,7 +160,7 @@ class Steering:
         except BaseException:
             self.close()
             raise
-        remove_dead(except_for=self.plan.instance)
+        remove_dead(except_for=self.plan.instance, covered=self.plan.scope_cgroups)
 
     def _start(self) -> None:
         plan = self.plan
