@@ -155,6 +155,7 @@ def explain(
                     "rule": verdict.rule,
                     "reason": verdict.reason,
                     "masks": verdict.masks.rules,
+                    "derived_masked": verdict.sql is not None and verdict.sql.masked_reach,
                     "would": verdict.would,
                     "needs": outcome.needs,
                     "rules": [
@@ -178,6 +179,8 @@ def explain(
         click.echo(f"an observing rule would have decided {verdict.would}")
     if verdict.masks.rules:
         click.echo("masks of: " + ", ".join(verdict.masks.rules))
+    if verdict.sql is not None and verdict.sql.masked_reach:
+        click.echo("a masked column reaches a value that the statement makes: that is masked too")
     for trace in outcome.rules:
         shown = ", ".join(f"{name} {WORDS[answer]}" for name, answer in trace.selectors)
         click.echo(

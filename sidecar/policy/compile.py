@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import celpy
 import re2
 
 from sidecar.documents import load_document, nearest, parse_duration, read_document
@@ -48,6 +47,15 @@ class _Compiler:
                     "statement",
                     hint=f"did you mean `{near}`?" if near else None,
                 )
+        for protocol in words(when.protocol):
+            if protocol not in _PROTOCOLS:
+                near = nearest(protocol, list(_PROTOCOLS))
+                raise self.fail(
+                    f"`{protocol}` is no protocol",
+                    *path,
+                    "protocol",
+                    hint=f"did you mean `{near}`?" if near else None,
+                )
         sql_names = [name for name in SQL_ONLY if getattr(when, name) is not None]
         http_names = [name for name in HTTP_ONLY if getattr(when, name) is not None]
         protocols = words(when.protocol)
@@ -59,15 +67,6 @@ class _Compiler:
             raise self.fail(
                 f"this can never hold: `{http_names[0]}` is only known for HTTP", *path, http_names[0]
             )
-        for protocol in words(when.protocol):
-            if protocol not in _PROTOCOLS:
-                near = nearest(protocol, list(_PROTOCOLS))
-                raise self.fail(
-                    f"`{protocol}` is no protocol",
-                    *path,
-                    "protocol",
-                    hint=f"did you mean `{near}`?" if near else None,
-                )
         try:
             return compile_when(when)
         except re2.error as error:
@@ -78,7 +77,7 @@ class _Compiler:
                 "text",
                 hint="look-around and \\1 are not in RE2",
             ) from error
-        except (celpy.CELParseError, ValueError) as error:
+        except ValueError as error:
             raise self.fail(f"this condition cannot be compiled: {error}", *path) from error
 
     def until(self, text: str | None, *path: str | int) -> datetime.datetime | None:

@@ -67,15 +67,15 @@ class CompiledRule:
             return False
         subject.every = self.action is Action.ALLOW
         answer = all_of(selector.test(subject) for selector in self.selectors)
+        # An exception covers all of a statement or none: `TRUNCATE staging.a, orders` is not exempt for the sake of the first.
+        subject.every = True
+        exempt = answer is not False and any(
+            (exception.until is None or subject.now < exception.until)
+            and all_of(selector.test(subject) for selector in exception.selectors) is True
+            for exception in self.exceptions
+        )
         subject.every = False
-        if answer is False or not self.exceptions:
-            return answer
-        for exception in self.exceptions:
-            if exception.until is not None and subject.now >= exception.until:
-                continue
-            if all_of(selector.test(subject) for selector in exception.selectors) is True:
-                return False
-        return answer
+        return False if exempt else answer
 
 
 _EPOCH: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)

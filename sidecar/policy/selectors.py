@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import celpy
 import re2
 
 from sidecar.model.flow import FlowFacts
 from sidecar.model.operation import ConnectOperation, HttpOperation, Operation, SqlOperation
+from sidecar.policy.cel import Expression
 from sidecar.policy.document import When
 from sidecar.policy.sql import Analysis, Table
 
@@ -161,9 +161,12 @@ def _sql_fact(name: str, test: Callable[[Analysis, bool], Answer]) -> Selector:
     return Selector(name, run)
 
 
-def table_matches(pattern: str, table: Table) -> bool:
-    """Right-aligned; an unqualified name matches any schema, because search_path may be changed unseen."""
+def table_matches(pattern: str, table: Table, every: bool = False) -> bool:
+    """Right-aligned; an unqualified name matches any schema, because search_path may be changed unseen. Where something is allowed
+    or exempted (`every`), `staging.*` means the schema's tables: one without its schema may be any."""
     schema, _, name = pattern.rpartition(".")
+    if every and schema and not table.schema and ("*" in name or "?" in name):
+        return False
     if not fnmatch.fnmatchcase(table.name.lower(), name.lower()):
         return False
     return (
@@ -197,7 +200,9 @@ def _calls(analysis: Analysis) -> set[str]:
 def _tables(patterns: tuple[str, ...], *, read: bool, written: bool) -> Callable[[Analysis, bool], Answer]:
     def test(analysis: Analysis, every: bool) -> Answer:
         tables = (analysis.reads if read else set()) | (analysis.writes if written else set())
-        return _among((any(table_matches(pattern, table) for pattern in patterns) for table in tables), every)
+        return _among(
+            (any(table_matches(pattern, table, every) for pattern in patterns) for table in tables), every
+        )
 
     return test
 
@@ -354,17 +359,14 @@ def _container_fact(name: str, patterns: tuple[str, ...]) -> Callable[[Subject],
 
 
 def _cel(text: str) -> Callable[[Subject], Answer]:
-    """Raises celpy.CELParseError. An error while evaluating is unknown."""
-    environment = celpy.Environment()
-    program = environment.program(environment.compile(text))
+    """Raises ValueError. What fails, or costs too much, is unknown."""
+    expression = Expression(text)
 
     def test(subject: Subject) -> Answer:
-        try:
-            answer = program.evaluate(celpy.json_to_cel(cel_facts(subject)))
-        except (celpy.CELEvalError, ValueError, TypeError, KeyError, RecursionError):
+        answer = expression.evaluate(cel_facts(subject))
+        if answer is None:
             subject.unknown("cel")
-            return None
-        return bool(answer) if isinstance(answer, bool | celpy.celtypes.BoolType) else None
+        return answer
 
     return test
 
@@ -416,7 +418,7 @@ def cel_facts(subject: Subject) -> dict[str, Any]:
 
 
 def compile_when(when: When) -> tuple[Selector, ...]:
-    """In the order in which they are cheap. Raises ValueError or celpy.CELParseError for what cannot be compiled."""
+    """In the order in which they are cheap. Raises ValueError for what cannot be compiled."""
     found: list[Selector] = []
     if when.protocol is not None:
         found.append(Selector("protocol", _protocol(words(when.protocol))))

@@ -271,6 +271,24 @@ def test_exceptions_and_allows_end_with_their_until() -> None:
     assert judge(policy, "SELECT 1", opened_ns=july).action is Action.DENY
 
 
+def test_an_exception_or_an_allow_covers_all_of_a_statement_by_its_schema() -> None:
+    policy = load_policy(
+        "version: 1\ndefault: deny\nrules:\n"
+        "  - {name: never, when: {statement: TRUNCATE}, deny: x, except: [{name: e, when: {table: staging.*}}]}\n"
+        "  - {name: all, when: {table: staging.*}, allow: true}\n",
+        "p",
+    )
+    for text in ("TRUNCATE staging.a", "TRUNCATE staging.a, staging.b", "SELECT * FROM staging.a"):
+        assert judge(policy, text).action is Action.ALLOW, text
+    for text in (
+        "TRUNCATE orders",
+        "TRUNCATE staging.a, orders",
+        "TRUNCATE staging.a, public.b",
+        "SELECT * FROM orders",
+    ):
+        assert judge(policy, text).action is Action.DENY, text
+
+
 @pytest.mark.parametrize(
     "text",
     [
