@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from sidecar.audit.batch import MAX_BATCH_BYTES, MAX_RECORDS, Batch, Header
 from sidecar.audit.hostkey import HostKey
 from sidecar.audit.segment import (
-    FRAME,
     LENGTH,
     MAX_ENTRY_BYTES,
-    MAX_RECORD_BYTES,
     SIGNATURE_BYTES,
+    read_frames,
     read_header,
     segment_number,
     segment_paths,
@@ -145,14 +145,10 @@ def _read_entry(file: BinaryIO, offset: int) -> tuple[Header | None, int]:
 
 def _read_frames(file: BinaryIO, offset: int, count: int) -> tuple[list[bytes], int, int]:
     """`count` records from `offset`, the offset after them, and their size. Raises AuditError where they are not there."""
-    file.seek(offset)
     records = []
-    for _ in range(count):
-        start = file.read(FRAME.size)
-        length = FRAME.unpack(start)[0] if len(start) == FRAME.size else MAX_RECORD_BYTES + 1
-        record = file.read(length) if length <= MAX_RECORD_BYTES else b""
-        if len(record) != length:
-            raise AuditError("records are missing, although they were signed")
+    for after, _, record in islice(read_frames(file, offset), count):
         records.append(record)
-    size = sum(map(len, records))
-    return records, offset + size + count * FRAME.size, size
+        offset = after
+    if len(records) != count:
+        raise AuditError("records are missing, although they were signed")
+    return records, offset, sum(map(len, records))

@@ -1,23 +1,32 @@
 """Reads records back from a spool directory: for `audit tail`, `show`, `export` and `why`. Never writes.
 
 A spool may hold millions of records: streams are read lazily, and a record that is looked for is found in the raw bytes before
-anything is decoded.
+anything is decoded. Every record is checked against the hash that stands beside it. What does not hold ends the reading of that
+stream and is told to the caller (`damaged`), with file, byte and record; the others go on. Signatures and receipts are `verify`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-import mmap
-import os
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, TypeAlias
 
+from sidecar.audit import chain
 from sidecar.audit.encode import decode_record
-from sidecar.audit.segment import MAX_ENTRY_BYTES, frames, read_header, segment_paths, stream_names
+from sidecar.audit.segment import (
+    FRAME,
+    MAX_ENTRY_BYTES,
+    lock_path,
+    read_frames,
+    read_header,
+    segment_paths,
+    start_of,
+    stream_names,
+)
 from sidecar.errors import AuditError
 
 JOINED: Final = ("origin", "workload", "principal", "target", "identity_error")
@@ -28,6 +37,11 @@ MIN_ID_DIGITS: Final = 4
 """Of an id's end that are looked for."""
 MAX_OPEN_FLOWS: Final = 100_000
 """`open` records that `joined` keeps for flows whose `close` it has not met."""
+SEARCH_BYTES: Final = 1024 * 1024
+NO_RECORD: Final = "the file goes on with what is no whole record"
+
+Damaged: TypeAlias = Callable[[AuditError], None]
+"""Called with what does not hold; reading goes on with what does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,37 +66,87 @@ class RecordView:
         return found
 
 
-def _bytes_of(path: Path) -> mmap.mmap | bytes:
+def raise_damaged(error: AuditError) -> None:
+    raise error
+
+
+def _bad(path: Path, offset: int, problem: str) -> AuditError:
+    return AuditError(
+        f"{path}, byte {offset}: {problem}", hint=f"sidecar audit verify {path.parent}: says what else"
+    )
+
+
+def _open_segment(path: Path, file: BinaryIO) -> tuple[bytes | None, int]:
+    """The chain's hash before the first record, where it is known, and the offset of that."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header, *_, offset = read_header(file.read(MAX_ENTRY_BYTES))
+    except AuditError as error:
+        raise _bad(path, 0, error.message) from error
+    return (start_of(header) if header.segment == 0 else None), offset
+
+
+def _segment_records(path: Path, head: bytes | None = None) -> Iterator[tuple[int, bytes, bytes]]:
+    """(offset, hash, stored record) of each record of a segment; `head` is the hash before the first one. Raises AuditError
+    where one does not hold."""
+    try:
+        file = path.open("rb")
     except FileNotFoundError:  # retention removed it
-        return b""
-
-
-def _segment_records(path: Path) -> Iterator[bytes]:
-    """Stored records of a segment. Raises AuditError where its header is damaged."""
-    data = _bytes_of(path)
-    if not data:
         return
-    *_, offset = read_header(data[:MAX_ENTRY_BYTES])
-    with memoryview(data) as view:
-        for _, _, record in frames(view, offset):
-            yield record
+    with file:
+        being_written = lock_path(path.parent, path.name.split(".")[0]).exists()
+        try:
+            start, offset = _open_segment(path, file)
+        except AuditError:
+            if being_written:
+                return
+            raise
+        head = head or start
+        for after, digest, record in read_frames(file, offset):
+            if head is not None and chain.link(head, record) != digest:
+                raise _bad(path, offset, f"{_name(record)} does not follow the chain: it was altered")
+            yield offset, digest, record
+            offset, head = after, digest
+        file.seek(offset)
+        left = file.read(FRAME.size)
+        if left and not being_written:
+            raise _bad(path, offset, NO_RECORD)
 
 
-def _stream_records(directory: Path, stream: str) -> Iterator[dict[str, Any]]:
-    for path in segment_paths(directory, stream):
-        for record in _segment_records(path):
-            yield decode_record(record)
+def _name(record: bytes) -> str:
+    try:
+        found = decode_record(record)
+    except AuditError:
+        return "a record"
+    return f"record {found.get('seq')} ({found.get('id')})"
+
+
+def _decode(path: Path, offset: int, record: bytes) -> dict[str, Any]:
+    try:
+        return decode_record(record)
+    except AuditError as error:
+        raise _bad(path, offset, error.message) from error
+
+
+def _stream_records(directory: Path, stream: str, damaged: Damaged) -> Iterator[dict[str, Any]]:
+    head: bytes | None = None
+    try:
+        for path in segment_paths(directory, stream):
+            for offset, digest, record in _segment_records(path, head):
+                head = digest
+                yield _decode(path, offset, record)
+            if lock_path(directory, stream).exists():
+                head = None  # its writer may have gone on in this segment after we read it
+    except AuditError as error:
+        damaged(error)
 
 
 def _streams(directory: Path) -> list[str]:
-    if not directory.is_dir():
-        raise AuditError(f"there is no audit directory {directory}", hint="name one with --directory")
-    return stream_names(directory)
+    try:
+        return stream_names(directory)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AuditError(
+            f"there is no audit directory {directory}", hint="name one with --directory"
+        ) from error
 
 
 def _opened_ns(stream: str) -> int:
@@ -93,14 +157,14 @@ def _opened_ns(stream: str) -> int:
         return 0
 
 
-def records(directory: Path) -> Iterator[dict[str, Any]]:
-    """All records: streams merged by time, each in the order of its chain. Raises AuditError where one is damaged."""
+def records(directory: Path, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
+    """All records: streams merged by time, each in the order of its chain."""
     waiting = deque(_streams(directory))
     heap: list[tuple[int, int, dict[str, Any], Iterator[dict[str, Any]]]] = []
     number = 0
     while waiting or heap:
         while waiting and (not heap or _opened_ns(waiting[0]) <= heap[0][0]):
-            source = _stream_records(directory, waiting.popleft())
+            source = _stream_records(directory, waiting.popleft(), damaged)
             first = next(source, None)
             if first is not None:
                 heapq.heappush(heap, (int(first.get("ts_ns", 0)), number, first, source))
@@ -116,10 +180,10 @@ def records(directory: Path) -> Iterator[dict[str, Any]]:
             heapq.heapreplace(heap, (max(latest, int(following.get("ts_ns", 0))), order, following, source))
 
 
-def joined(directory: Path) -> Iterator[dict[str, Any]]:
+def joined(directory: Path, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
     """All records with their flow's facts joined in, in order of time."""
     join = Joiner(directory, look_back=False)
-    for record in records(directory):
+    for record in records(directory, damaged):
         yield join(record)
 
 
@@ -148,21 +212,41 @@ class Joiner:
         return view.joined()
 
 
-def _search(directory: Path, wanted: bytes) -> Iterator[dict[str, Any]]:
+def _search(directory: Path, wanted: bytes, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
     """Records whose stored bytes hold `wanted`."""
     for stream in _streams(directory):
         for path in segment_paths(directory, stream):
-            data = _bytes_of(path)
-            if not data or data.find(wanted) < 0:
+            if not _holds(path, wanted):
                 continue
-            for record in _segment_records(path):
-                if wanted in record:
-                    yield decode_record(record)
+            try:
+                for offset, _, record in _segment_records(path):
+                    if wanted in record:
+                        yield _decode(path, offset, record)
+            except AuditError as error:
+                damaged(error)
+
+
+def _holds(path: Path, wanted: bytes) -> bool:
+    """Whether a file holds `wanted` anywhere."""
+    try:
+        with path.open("rb") as file:
+            before = b""
+            while chunk := file.read(SEARCH_BYTES):
+                if wanted in before + chunk:
+                    return True
+                before = chunk[-len(wanted) :]
+    except FileNotFoundError:  # retention removed it
+        pass
+    return False
+
+
+def _ignore(error: AuditError) -> None:
+    """For a look-up on the side: whoever reads the streams is told."""
 
 
 def opening_of(directory: Path, flow: str) -> dict[str, Any] | None:
     """The `open` record of a flow, by its full id."""
-    for record in _search(directory, flow.encode()):
+    for record in _search(directory, flow.encode(), _ignore):
         if record.get("kind") == "open" and record.get("flow") == flow:
             return record
     return None
@@ -175,16 +259,18 @@ def _digits(text: str) -> str:
     return wanted
 
 
-def flow_records(directory: Path, flow: str) -> list[dict[str, Any]]:
+def flow_records(directory: Path, flow: str, damaged: Damaged = raise_damaged) -> list[dict[str, Any]]:
     """One flow's records in order of time, by full id, its last digits, or those of one of its records. Empty where there is
     none; AuditError where several match."""
     wanted = _digits(flow)
-    found = [r for r in _search(directory, wanted.encode()) if str(r.get("flow", "")).endswith(wanted)]
+    found = [
+        r for r in _search(directory, wanted.encode(), damaged) if str(r.get("flow", "")).endswith(wanted)
+    ]
     if not found:
         view = find_record(directory, wanted)
         if view is None or not view.record.get("flow"):
             return []
-        return flow_records(directory, view.record["flow"])
+        return flow_records(directory, view.record["flow"], damaged)
     flows = {record["flow"] for record in found}
     if len(flows) > 1:
         raise AuditError(f"{len(flows)} flows end in {flow}", hint="give more digits")
@@ -197,7 +283,7 @@ def find_record(directory: Path, record_id: str) -> RecordView | None:
     what became of that is under `hold`. Raises AuditError where several match."""
     wanted = _digits(record_id)
     matches: dict[str, dict[str, Any]] = {}
-    for record in _search(directory, wanted.encode()):
+    for record in _search(directory, wanted.encode(), _ignore):
         names = (str(record.get("id", "")), str((record.get("hold") or {}).get("id", "")))
         if any(name.endswith(wanted) for name in names):
             matches.setdefault(names[0], record)
@@ -210,14 +296,18 @@ def find_record(directory: Path, record_id: str) -> RecordView | None:
     flow = str(record.get("flow", ""))
     if record.get("kind") in ("hold", "decision") and record.get("request"):
         held = next(
-            (r for r in _search(directory, record["request"].encode()) if r.get("id") == record["request"]),
+            (
+                r
+                for r in _search(directory, record["request"].encode(), _ignore)
+                if r.get("id") == record["request"]
+            ),
             None,
         )
         record = held or record
     if record.get("kind") == "request":
         holds = [
             r
-            for r in _search(directory, record["id"].encode())
+            for r in _search(directory, record["id"].encode(), _ignore)
             if r.get("request") == record["id"] and r.get("hold")
         ]
         if holds:
@@ -232,60 +322,74 @@ def find_record(directory: Path, record_id: str) -> RecordView | None:
 class Follower:
     """The newest records, then what is written from then on: nothing is left out or shown twice between the two."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, damaged: Damaged = raise_damaged) -> None:
         self._directory = directory
-        self._offsets: dict[Path, int] = {}
+        self._damaged = damaged
+        self._places: dict[Path, tuple[int, bytes | None]] = {}
+        """Of each segment: the offset of what has not been seen, and the chain's hash before it."""
+        self._bad: set[Path] = set()
 
     def newest(self, count: int) -> list[dict[str, Any]]:
         """The last `count` records that are there, in order of time. Call it first, with 0 for none."""
         found: list[dict[str, Any]] = []
         for stream in _streams(self._directory):
-            tail: deque[bytes] = deque(maxlen=count)
-            for path in segment_paths(self._directory, stream):
-                for record in self._new(path):
-                    tail.append(record)
-            found += map(decode_record, tail)
-        found.sort(key=lambda record: (record.get("ts_ns", 0), record.get("seq", 0)))
+            wanted = count
+            for age, path in enumerate(reversed(segment_paths(self._directory, stream))):
+                if not wanted and age > 1:  # the writer may still be in the last but one
+                    self._skip(path)
+                    continue
+                tail = deque(self._new(path), maxlen=wanted)
+                found += (_decode(*place) for place in tail)
+                wanted -= len(tail)
+        found.sort(key=_moment)
         return found[-count:] if count else []
 
     def new(self) -> list[dict[str, Any]]:
         """What was written since the last call, in order of time."""
         found = [
-            decode_record(record)
+            _decode(*place)
             for stream in _streams(self._directory)
             for path in segment_paths(self._directory, stream)
-            for record in self._new(path)
+            for place in self._new(path)
         ]
-        found.sort(key=lambda record: (record.get("ts_ns", 0), record.get("seq", 0)))
+        found.sort(key=_moment)
         return found
 
-    def _new(self, path: Path) -> Iterator[bytes]:
-        start = self._offsets.get(path, 0)
+    def _skip(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._places[path] = (path.stat().st_size, None)
+
+    def _new(self, path: Path) -> Iterator[tuple[Path, int, bytes]]:
+        if path in self._bad:
+            return
+        being_written = lock_path(self._directory, path.name.split(".")[0]).exists()
+        offset, head = self._places.get(path, (0, None))
         try:
             with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size <= start:
+                size = file.seek(0, 2)
+                if size == offset and (offset or being_written):
                     return
-                file.seek(start)
-                data = file.read()
+                file.seek(0)
+                if not offset:
+                    head, offset = _open_segment(path, file)
+                for after, digest, record in read_frames(file, offset):
+                    if head is not None and chain.link(head, record) != digest:
+                        raise _bad(path, offset, f"{_name(record)} does not follow the chain: it was altered")
+                    place = (path, offset, record)
+                    offset, head = after, digest
+                    self._places[path] = (offset, head)
+                    yield place
+                self._places[path] = (offset, head)
+            if size > offset and not being_written:
+                raise _bad(path, offset, NO_RECORD)
         except FileNotFoundError:
-            self._offsets.pop(path, None)
-            return
-        offset = 0
-        if not start:
-            try:
-                *_, offset = read_header(data)
-            except AuditError:
+            self._places.pop(path, None)
+        except AuditError as error:
+            if being_written and not offset:
                 return  # being made at this moment
-            self._offsets[path] = offset
-        for after, _, record in frames(data, offset):
-            self._offsets[path] = start + after
-            yield record
+            self._bad.add(path)
+            self._damaged(error)
 
 
-def follow(directory: Path) -> Iterator[dict[str, Any]]:
-    """Records that are written from now on, for ever."""
-    follower = Follower(directory)
-    follower.newest(0)
-    while True:
-        yield from follower.new()
-        time.sleep(FOLLOW_INTERVAL_S)
+def _moment(record: dict[str, Any]) -> tuple[int, int]:
+    return record.get("ts_ns", 0), record.get("seq", 0)

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgpack
 
@@ -80,6 +80,20 @@ def frames(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, bytes, 
             return
         offset = start + length
         yield offset, digest, bytes(data[start:offset])
+
+
+def read_frames(file: BinaryIO, offset: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """As `frames`, from a file that may be larger than memory, or grow. Nothing else may seek in it meanwhile."""
+    file.seek(offset)
+    while len(start := file.read(FRAME.size)) == FRAME.size:
+        length, digest = FRAME.unpack(start)
+        if length > MAX_RECORD_BYTES:
+            return
+        record = file.read(length)
+        if len(record) != length:
+            return
+        offset += FRAME.size + length
+        yield offset, digest, record
 
 
 def entries(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:

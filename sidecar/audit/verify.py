@@ -6,7 +6,6 @@ that sound: receipts before signatures before records, the ledger first and agai
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +101,11 @@ class _Bad(AuditError):
 def verify(directory: Path) -> Report:
     """Never raises for what is in the directory; AuditError where there is none."""
     if not directory.is_dir():
-        raise AuditError(f"there is no audit directory {directory}", hint="name one")
+        raise AuditError(f"there is no audit directory {directory}", hint="name one with --directory")
     report = Report(str(directory))
+    if not (directory / hostkey.PUBLIC_FILE).exists() and not stream_names(directory):
+        report.bad(LEDGER_STREAM, f"{directory} is no spool: it holds neither a host's key nor records")
+        return report
     try:
         public = hostkey.load_public(directory / hostkey.PUBLIC_FILE)
     except AuditError as error:
@@ -411,17 +413,15 @@ def _identity(record: bytes) -> str:
         return ""
 
 
-def report_json(report: Report) -> str:
+def report_map(report: Report) -> dict[str, Any]:
     """The report as `audit verify --json` prints it."""
-    return json.dumps(
-        {
-            "ok": report.ok,
-            "directory": report.directory,
-            "host_key": report.host_key,
-            "records": report.records,
-            "streams": [{name: getattr(s, name) for name in s.__slots__} for s in report.streams],
-            "findings": [{name: getattr(f, name) for name in f.__slots__} for f in report.findings],
-            "gaps": dict(report.gaps),
-            "notes": report.notes,
-        }
-    )
+    return {
+        "ok": report.ok,
+        "directory": report.directory,
+        "host_key": report.host_key,
+        "records": report.records,
+        "streams": [{name: getattr(s, name) for name in s.__slots__} for s in report.streams],
+        "findings": [{name: getattr(f, name) for name in f.__slots__} for f in report.findings],
+        "gaps": dict(report.gaps),
+        "notes": report.notes,
+    }

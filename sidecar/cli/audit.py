@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import orjson
 
 from sidecar.audit import read
 from sidecar.audit import verify as verification
+from sidecar.cli import output
 from sidecar.errors import AuditError
 
 
@@ -44,7 +47,7 @@ def audit() -> None:
 
 _option = click.option(
     "--directory",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
     help="The spool; default from the configuration.",
 )
 
@@ -109,134 +112,160 @@ def _short(text: Any, width: int = 140) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
+class _Damage:
+    """Tells what does not hold, on stderr, once; the command goes on with the rest and ends with 1."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, error: AuditError) -> None:
+        if error.message not in self._said:
+            self._said.add(error.message)
+            output.error(error.message, error.hint)
+
+    def leave(self) -> None:
+        if self._said:
+            sys.exit(AuditError.exit_code)
+
+
 @audit.command()
 @_option
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now.")
 @click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0, 100_000))
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON lines, each with who and where of its flow.")
 def tail(directory: Path | None, follow: bool, lines: int, as_json: bool) -> None:
     """The newest records."""
-    place = _directory(directory)
-    rows = list(read.joined(place))[-lines:] if lines else []
-    for record in rows:
-        click.echo(_json(record) if as_json else _line(record))
-    if follow:
-        for record in read.follow(place):
-            click.echo(_json(record) if as_json else _line(record))
+    place, damage = _directory(directory), _Damage()
+    follower = read.Follower(place, damage)
+    join = read.Joiner(place, look_back=True)
+    rows = follower.newest(lines)
+    while True:
+        for record in rows:
+            full = join(record)
+            click.echo(_json(full) if as_json else output.plain(_line(full)))
+        if not follow:
+            damage.leave()
+            return
+        time.sleep(read.FOLLOW_INTERVAL_S)
+        rows = follower.new()
 
 
 @audit.command()
 @click.argument("flow")
 @_option
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="The flow's records as JSON lines.")
 def show(flow: str, directory: Path | None, as_json: bool) -> None:
-    """One flow as a transcript: who, from where, each statement, what came back."""
-    rows = read.flow_records(_directory(directory), flow)
+    """One flow as a transcript: who, from where, each statement, what came back.
+
+    FLOW is its id, the last digits of it, or the id of one of its records.
+    """
+    damage = _Damage()
+    rows = read.flow_records(_directory(directory), flow, damage)
     if not rows:
+        damage.leave()
         raise AuditError(f"there is no flow {flow}", hint="sidecar audit tail")
     if as_json:
         for record in rows:
             click.echo(_json(record))
+        damage.leave()
         return
     opened = next((record for record in rows if record["kind"] == "open"), None)
     if opened is not None:
         _print_opening(opened)
     for record in rows:
         if record["kind"] != "open":
-            click.echo(_line(record))
+            _say(_line(record))
         for values in (record.get("response") or {}).get("sample") or ():
-            click.echo(
+            _say(
                 "             │ "
                 + " │ ".join("NULL" if value is None else _short(value, 40) for value in values)
             )
+    damage.leave()
 
 
 def _print_opening(opened: dict[str, Any]) -> None:
     origin, target = opened.get("origin") or {}, opened.get("target") or {}
-    click.echo(f"flow       {opened['flow']}")
-    click.echo(
+    _say(f"flow       {opened['flow']}")
+    _say(
         f"target     {target.get('name') or target.get('host')}:{target.get('port')} ({target.get('protocol')}, {target.get('address')})"
     )
     principal = opened.get("principal")
-    click.echo(
+    _say(
         f"principal  {principal['subject']} of {principal['issuer']}"
         if principal
         else f"principal  none ({opened.get('identity_error', 'no_token')})"
     )
-    click.echo(
+    _say(
         f"process    {origin.get('exe') or origin.get('comm')} pid {origin.get('tgid')} uid {origin.get('uid')} "
         f"cgroup {origin.get('cgroup')}"
     )
-    click.echo(f"command    {_short(' '.join(origin.get('cmdline') or ()))}")
+    _say(f"command    {_short(' '.join(origin.get('cmdline') or ()))}")
     for depth, parent in enumerate(origin.get("ancestors") or ()):
-        click.echo(
+        _say(
             f"           {'  ' * depth}└ {parent['comm']}[{parent['pid']}] {_short(' '.join(parent['cmdline']), 80)}"
         )
-    click.echo("")
+    _say("")
 
 
 @audit.command()
 @_option
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="A file; default standard output."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file, which only its owner can read; default standard output.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON lines, which it always prints.")
 def export(directory: Path | None, out: Path | None, as_json: bool) -> None:
     """All records as JSON lines, each with who and where of its flow."""
-    stream = out.open("w", encoding="utf-8") if out else sys.stdout
-    try:
-        for record in read.joined(_directory(directory)):
-            stream.write(_json(record) + "\n")
-    finally:
-        if out:
-            stream.close()
+    del as_json
+    damage = _Damage()
+    rows = read.joined(_directory(directory), damage)
+    if out is None:
+        for record in rows:
+            click.echo(_json(record))
+    else:
+        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            for record in rows:
+                file.write(_json(record) + "\n")
+    damage.leave()
 
 
 @audit.command()
-@click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--directory", "named", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False, readable=False))
+@click.option("--directory", "named", type=click.Path(path_type=Path, file_okay=False, readable=False))
 @click.option("--json", "as_json", is_flag=True)
 def verify(directory: Path | None, named: Path | None, as_json: bool) -> None:
     """Check chains, signatures, receipts and gaps, offline. Exit status 1 when anything is missing or altered."""
     report = verification.verify(_directory(directory or named))
     if as_json:
-        click.echo(
-            _json(
-                {
-                    "ok": report.ok,
-                    "directory": report.directory,
-                    "host_key": report.host_key,
-                    "records": report.records,
-                    "streams": [
-                        {
-                            "stream": s.stream,
-                            "records": s.records,
-                            "signed": s.signed,
-                            "receipted": s.receipted,
-                            "unsigned": s.unsigned,
-                            "end": s.end,
-                        }
-                        for s in report.streams
-                    ],
-                    "findings": [
-                        {"stream": f.stream, "seq": f.seq, "record": f.record, "problem": f.problem}
-                        for f in report.findings
-                    ],
-                }
-            )
-        )
+        click.echo(_json(verification.report_map(report)))
     else:
-        for finding in report.findings:
-            where = (
-                f"stream {finding.stream}"
-                + (f", record {finding.seq}" if finding.seq >= 0 else "")
-                + (f" ({finding.record})" if finding.record else "")
-            )
-            click.echo(f"BAD  {where}: {finding.problem}" if finding.stream else f"BAD  {finding.problem}")
-        unsigned = sum(stream.unsigned for stream in report.streams)
-        receipted = sum(stream.receipted for stream in report.streams)
-        click.echo(
-            f"{'ok' if report.ok else 'NOT OK'}: {report.records} records in {len(report.streams)} streams, "
-            f"{sum(stream.signed for stream in report.streams)} signed, {receipted} receipted, {unsigned} not signed yet"
-        )
+        _print_report(report)
     sys.exit(0 if report.ok else 1)
+
+
+def _say(text: str) -> None:
+    """What jobs and servers wrote does nothing to the terminal."""
+    click.echo(output.plain(text))
+
+
+def _print_report(report: verification.Report) -> None:
+    for finding in report.findings:
+        where = (
+            f"stream {finding.stream}"
+            + (f", record {finding.seq}" if finding.seq >= 0 else "")
+            + (f" ({finding.record})" if finding.record else "")
+        )
+        _say(f"BAD  {where}: {finding.problem}" if finding.stream else f"BAD  {finding.problem}")
+    for note in report.notes:
+        _say(f"note {note}")
+    if report.gaps:
+        counted = ", ".join(f"{count} {reason}" for reason, count in sorted(report.gaps.items()))
+        _say(f"gaps recorded when they happened: {counted}")
+    streams = report.streams
+    _say(
+        f"{'ok' if report.ok else 'NOT OK'}: {report.records} records in {len(streams)} streams, "
+        f"{sum(stream.signed for stream in streams)} signed, {sum(stream.receipted for stream in streams)} receipted, "
+        f"{sum(stream.unsigned for stream in streams)} not signed yet"
+    )
