@@ -1,3 +1,5 @@
+from sidecar.model.record import EncodedRecord
+
 class Tail:
     fd: int
     head: bytes
@@ -5,6 +7,6 @@ class Tail:
     written: int
     clean: bool
     cut: bytes
-    cut_id: str
+    cut_ids: list[str]
     def __init__(self, fd: int, head: bytes, seq: int, written: int, place: bytes) -> None: ...
-    def put(self, record_id: str, front: bytes, rest: bytes) -> bool: ...
+    def put(self, records: list[EncodedRecord]) -> bool: ...

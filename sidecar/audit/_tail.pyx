@@ -3,26 +3,26 @@
 
 import hashlib
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memcpy
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-    ssize_t writev(int fd, const iovec* iov, int count)
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void* data, size_t size)
 
 cdef object _sha256 = hashlib.sha256
 
 cdef enum:
     HEAD = 32  # a SHA-256
+    NUMBER = 9  # the sequence, in msgpack
     FRAME = 36  # u32 length (little-endian), hash: audit.segment
 
 
 cdef class Tail:
     """`head` is the hash of the record before, `place` what goes between the two parts of an encoded record, up to the sequence's
-    value. `clean`: nothing is left of an earlier write. `cut`: what did not go into the file of the record `cut_id`."""
+    value. `clean`: nothing is left of an earlier write. `cut`: what did not go into the file of the
+    last write, of the records `cut_ids`."""
 
     cdef public int fd
     cdef public bytes head
@@ -30,7 +30,7 @@ cdef class Tail:
     cdef public int64_t written
     cdef public bint clean
     cdef public bytes cut
-    cdef public str cut_id
+    cdef public list cut_ids
     cdef bytes place
 
     def __init__(self, int fd, bytes head not None, int64_t seq, int64_t written, bytes place not None):
@@ -43,53 +43,54 @@ cdef class Tail:
         self.place = place
         self.clean = True
         self.cut = b""
-        self.cut_id = ""
+        self.cut_ids = []
 
-    def put(self, str record_id not None, bytes front not None, bytes rest not None):
-        """True where all of it is in the file. False: nothing is, or all but `cut`; `StreamWriter.append` knows what to do."""
-        cdef Py_ssize_t size, at, whole
+    def put(self, list records not None):
+        """Encoded records, with one write. True where all of it is in the file. False: nothing is, or all but `cut`;
+        `StreamWriter.append_many` knows what to do."""
+        cdef Py_ssize_t total = 0, at = 0, size, fixed = PyBytes_GET_SIZE(self.place) + NUMBER
+        cdef bytes head = self.head, front, rest
+        cdef int64_t seq = self.seq
         cdef ssize_t done
         cdef int shift
-        cdef unsigned char frame[FRAME]
-        cdef unsigned char number[9]
-        cdef iovec parts[2]
-        cdef char* text
-        if not self.clean:
-            return False
-        size = PyBytes_GET_SIZE(front) + PyBytes_GET_SIZE(self.place) + 9 + PyBytes_GET_SIZE(rest)
-        # One buffer for what is hashed: the head before, and the record, of which only the latter is written.
-        cdef bytes hashed = PyBytes_FromStringAndSize(NULL, HEAD + size)
-        text = PyBytes_AS_STRING(hashed)
-        memcpy(text, PyBytes_AS_STRING(self.head), HEAD)
-        at = HEAD
-        memcpy(text + at, PyBytes_AS_STRING(front), PyBytes_GET_SIZE(front))
-        at += PyBytes_GET_SIZE(front)
-        memcpy(text + at, PyBytes_AS_STRING(self.place), PyBytes_GET_SIZE(self.place))
-        at += PyBytes_GET_SIZE(self.place)
-        number[0] = 0xCF  # msgpack's u64
-        for shift in range(8):
-            number[1 + shift] = (self.seq >> (56 - 8 * shift)) & 0xFF
-        memcpy(text + at, number, 9)
-        at += 9
-        memcpy(text + at, PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest))
-        cdef bytes digest = _sha256(hashed).digest()
-        for shift in range(4):
-            frame[shift] = (<uint32_t>size >> (8 * shift)) & 0xFF
-        memcpy(frame + 4, PyBytes_AS_STRING(digest), HEAD)
-        parts[0].iov_base = frame
-        parts[0].iov_len = FRAME
-        parts[1].iov_base = text + HEAD
-        parts[1].iov_len = size
-        whole = FRAME + size
-        done = writev(self.fd, parts, 2)
+        cdef Py_ssize_t place
+        cdef unsigned char* text
+        if not self.clean or not records:
+            return self.clean
+        for record in records:
+            front, rest = record.front, record.rest
+            total += FRAME + PyBytes_GET_SIZE(front) + fixed + PyBytes_GET_SIZE(rest)
+        cdef bytearray frames = PyByteArray_FromStringAndSize(NULL, total)
+        text = <unsigned char*>PyByteArray_AS_STRING(frames)
+        view = memoryview(frames)
+        for record in records:
+            front, rest = record.front, record.rest
+            size = PyBytes_GET_SIZE(front) + fixed + PyBytes_GET_SIZE(rest)
+            for shift in range(4):
+                text[at + shift] = (<uint32_t>size >> (8 * shift)) & 0xFF
+            # What is hashed is the head before and the record: the head stands where the hash comes to stand.
+            memcpy(text + at + 4, PyBytes_AS_STRING(head), HEAD)
+            memcpy(text + at + FRAME, PyBytes_AS_STRING(front), PyBytes_GET_SIZE(front))
+            place = at + FRAME + PyBytes_GET_SIZE(front)
+            memcpy(text + place, PyBytes_AS_STRING(self.place), PyBytes_GET_SIZE(self.place))
+            place += PyBytes_GET_SIZE(self.place)
+            text[place] = 0xCF  # msgpack's u64
+            for shift in range(8):
+                text[place + 1 + shift] = (seq >> (56 - 8 * shift)) & 0xFF
+            memcpy(text + place + NUMBER, PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest))
+            head = _sha256(view[at + 4 : at + FRAME + size]).digest()
+            memcpy(text + at + 4, PyBytes_AS_STRING(head), HEAD)
+            at += FRAME + size
+            seq += 1
+        done = write(self.fd, text, total)
         if done <= 0:
             return False  # the long way meets the same error, and says what it is
-        self.head = digest
-        self.seq += 1
+        self.head = head
+        self.seq = seq
         self.written += done
-        if done < whole:
+        if done < total:
             self.clean = False
-            self.cut = (PyBytes_FromStringAndSize(<char*>frame, FRAME) + hashed[HEAD:])[done:]
-            self.cut_id = record_id
+            self.cut = bytes(view[done:])
+            self.cut_ids = [record.id for record in records]
             return False
         return True

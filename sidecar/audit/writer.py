@@ -28,9 +28,9 @@ else:
         class Tail:
             def __init__(self, fd, head, seq, written, place):
                 self.fd, self.head, self.seq, self.written, self.place = fd, head, seq, written, place
-                self.clean, self.cut, self.cut_id = True, b"", ""
+                self.clean, self.cut, self.cut_ids = True, b"", []
 
-            def put(self, record_id, front, rest):
+            def put(self, records):
                 return False
 
 
@@ -124,7 +124,7 @@ class StreamWriter(Tail):
 
     def _finish_rest(self) -> None:
         if self.cut:
-            self._cut(self.cut, [self.cut_id])
+            self._cut(self.cut, self.cut_ids)
             self.cut = b""
         if not self._rest:
             return

@@ -1,14 +1,21 @@
+from collections.abc import Callable
 from typing import Any
 
 from sidecar.audit.writer import StreamWriter
+from sidecar.model.record import EncodedRecord
 from sidecar.proxy.driver import FlowDriver
 from sidecar.session.postgres_lane import Lane
 
 class Gate:
     open: bool
     writer: StreamWriter | None
-    def __init__(self, full: int) -> None: ...
+    waiting: list[EncodedRecord]
+    def __init__(
+        self, full: int, soon: Callable[[Callable[[], None]], object], failed: Callable[[], None]
+    ) -> None: ...
     def set(self, writer: StreamWriter | None, is_open: bool) -> None: ...
+    def take(self) -> list[EncodedRecord]: ...
+    def flush(self) -> None: ...
 
 class Receiver:
     gate: Gate

@@ -11,20 +11,62 @@ cdef object _now_ns = time.time_ns
 
 
 cdef class Gate:
-    """Whether records go straight to the stream: `open` while a segment takes them, nothing waits for it, and no flow has to wait
-    for the disk. One for all flows of a worker, which keeps it."""
+    """The short way's end of the stream, one for all flows of a worker, which keeps it. `open` while a segment takes records,
+    nothing waits for it, and no flow has to wait for the disk. `waiting` are answers that were handed on in this turn of the loop:
+    they are written before the next request's record, with it, or at the turn's end."""
 
     cdef public bint open
     cdef public object writer
     cdef public int64_t full
+    cdef public list waiting
+    cdef object _soon
+    cdef object _failed
+    cdef bint _scheduled
 
-    def __init__(self, full):
-        """`full`: the size from which on a segment is to be replaced."""
+    def __init__(self, full, soon, failed):
+        """`full`: the size from which on a segment is to be replaced. `soon(callback)`: at the turn's end. `failed()`: what waits
+        could not be written."""
         self.full = full
+        self.waiting = []
+        self._soon = soon
+        self._failed = failed
 
     def set(self, writer, bint is_open):
         self.writer = writer
         self.open = is_open and writer is not None
+
+    def take(self):
+        """What waits; the caller writes it."""
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    def flush(self):
+        self._scheduled = False
+        if self.waiting and not self._put(self.waiting):
+            self._failed()
+
+    cdef bint _put(self, list records) except -1:
+        if not self.open or not self.writer.put(records):
+            return False
+        if records is self.waiting:
+            self.waiting = []
+        return True
+
+    cdef bint request(self, record) except -1:
+        """Write what waits, and this. False: this is not written, and what waits still does."""
+        if not self.waiting:
+            return self._put([record])
+        self.waiting.append(record)
+        if self._put(self.waiting):
+            return True
+        self.waiting.pop()
+        return False
+
+    cdef answer(self, record):
+        self.waiting.append(record)
+        if not self._scheduled:
+            self._scheduled = True
+            self._soon(self.flush)
 
 
 cdef class Receiver:
@@ -71,18 +113,18 @@ cdef class Receiver:
             if record is None:
                 flow.received(self, data)
                 return
-            if self.from_client:
-                flow.bytes_client += len(data)
-            else:
+            if not self.from_client:
                 flow.bytes_server += len(data)
-            writer = gate.writer
-            if not writer.put(record.id, record.front, record.rest):
+                peer.transport.write(data)
+                gate.answer(record)
+                return
+            flow.bytes_client += len(data)
+            if not gate.request(record):
                 flow.carry_out([WriteRecord(record), Send(peer.side, data)])
                 return
-            if writer.written >= gate.full:
+            if gate.writer.written >= gate.full:
                 flow.worker.segment_full()
-            if self.from_client:
-                flow.requests += 1
+            flow.requests += 1
             peer.transport.write(data)
         except Exception:  # the worker outlives any fault of one session; the flow ends, closed
             flow.fault()

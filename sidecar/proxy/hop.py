@@ -1,7 +1,8 @@
 """One of a flow's two connections, as asyncio's transports see it.
 
 A chunk that the session's lane takes (see session.postgres_lane) is recorded and handed on by the compiled `Receiver`, without a
-command list: record first, then the bytes, as everywhere. All else is the flow's to drive (driver.py).
+command list: a request's record first, then its bytes, as everywhere; an answer's record in the same turn of the loop, with the
+next request's where there is one. All else is the flow's to drive (driver.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sidecar.proxy import limits
 
 if TYPE_CHECKING:
     from sidecar.audit.writer import StreamWriter
+    from sidecar.model.record import EncodedRecord
     from sidecar.proxy.driver import FlowDriver
 
 try:
@@ -33,9 +35,16 @@ else:
     class Gate:
         """There is no short way that could pass it."""
 
-        def __init__(self, full: int) -> None:
-            del full
+        def __init__(self, full: int, soon: object, failed: object) -> None:
+            del full, soon, failed
             self.open = False
+            self.waiting: list[EncodedRecord] = []
+
+        def take(self) -> list[EncodedRecord]:
+            return []
+
+        def flush(self) -> None:
+            return
 
         def set(self, writer: StreamWriter | None, is_open: bool) -> None:
             del writer

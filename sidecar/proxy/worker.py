@@ -79,7 +79,7 @@ class Worker:
         self.engine: Engine = builtin_policy()
         self._moment = 0
         self.writer: StreamWriter | None = None
-        self.gate = Gate(SEGMENT_BYTES)
+        self.gate = Gate(SEGMENT_BYTES, self.loop.call_soon, self._flush)
         self.sync_strict = False
         self.on_full_drop = False
         self._dropped = 0
@@ -150,6 +150,7 @@ class Worker:
         """Without a supervisor nothing is signed or resolved: end every flow in its own protocol, then go."""
         for flow in list(self.flows.values()):
             flow.abort(CloseReason.INTERNAL_ERROR, "the supervisor is gone")
+        self._flush()
         if not self.stopped.done():
             self.stopped.set_result(1)
 
@@ -294,15 +295,13 @@ class Worker:
         writer = self.writer
         if writer is None:
             raise AuditError("no segment is open")
+        waiting = self.gate.take()
+        records = [*waiting, *records]
         try:
-            if self._dropped:
-                records = [self._drop_record(), *records]
-            if len(records) == 1:
-                writer.append(records[0])
-            else:
-                writer.append_many(records)
+            writer.append_many([self._drop_record(), *records] if self._dropped else records)
         except AuditError as error:
             if not self.on_full_drop:
+                self.gate.waiting[:0] = waiting
                 raise
             self._dropped += len(records)
             self.append_failed(str(error))
@@ -315,6 +314,16 @@ class Worker:
             self._set_gate()
         if writer.full:
             self.segment_full()
+
+    def _flush(self) -> None:
+        """Answers that were handed on and whose records could not be written at once: until they are, requests wait."""
+        if not self.gate.waiting:
+            return
+        try:
+            self.append([])
+        except AuditError as error:
+            self.append_failed(str(error))
+            self.loop.call_later(limits.SPOOL_RETRY_S, self._flush)
 
     def segment_full(self) -> None:
         """Ask for the next one, once."""
@@ -413,6 +422,7 @@ class Worker:
         self._stop()
 
     def _stop(self) -> None:
+        self._flush()
         if not self.stopped.done():
             self.stopped.set_result(0)
 

@@ -37,7 +37,7 @@ def encoded(number: int, text: str = "") -> EncodedRecord:
 
 def put(writer: StreamWriter, record: EncodedRecord) -> None:
     """As the receiving end of a connection does it: the short way, and where that does not take it, the long one."""
-    if not writer.put(record.id, record.front, record.rest):
+    if not writer.put([record]):
         writer.append(record)
 
 
