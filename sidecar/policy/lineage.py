@@ -38,6 +38,7 @@ Ctes = dict[str, tuple[Item, ...]]
 MAX_ROUNDS: Final = 8
 """Of a recursive query, until its columns' reach stands still; beyond, they may be anything."""
 _SETOP_NONE: Final = 1
+_SETOP_EXCEPT: Final = 4
 _ONE_COLUMN: Final = frozenset(
     {"generate_series", "generate_subscripts", "regexp_split_to_table", "string_to_table", "json_object_keys",
      "jsonb_object_keys", "json_array_elements", "jsonb_array_elements", "json_array_elements_text",
@@ -156,7 +157,12 @@ class _Tracer(Values):
     def _select(self, node: Any, outer: Scope | None, ctes: Ctes) -> tuple[Item, ...]:
         scope = Scope(self.relations, outer)
         if int(node.op) > _SETOP_NONE:
-            items = combine(self.query(node.larg, outer, ctes), self.query(node.rarg, outer, ctes))
+            left, right = self.query(node.larg, outer, ctes), self.query(node.rarg, outer, ctes)
+            if int(node.op) == _SETOP_EXCEPT:
+                # Its rows are the left side's, chosen by the right side's.
+                self.probed |= reach_of_all(right)
+                right = left
+            items = combine(left, right)
         elif len(node.values_lists):
             items = self._values_lists(node.values_lists, scope, ctes)
         else:

@@ -56,6 +56,20 @@ def holds(node: Any, kind: str, depth: int = 0) -> bool:
     )
 
 
+def names_in(node: Any, depth: int) -> set[str]:
+    """Every name and string at or below `node`."""
+    if depth > MAX_DEPTH:
+        raise TooDeep
+    found: set[str] = set()
+    for descriptor, value in node.ListFields():
+        if descriptor.type == descriptor.TYPE_MESSAGE:
+            for child in value if repeated(value) else (value,):
+                found |= names_in(unwrap(child), depth + 1)
+        elif isinstance(value, str):
+            found.add(value)
+    return found
+
+
 def repeated(value: Any) -> bool:
     return not hasattr(value, "DESCRIPTOR")
 

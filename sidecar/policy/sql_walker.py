@@ -13,6 +13,7 @@ from sidecar.policy.sql_tree import (
     filters,
     find_constants,
     has_bare_constants,
+    names_in,
     repeated,
     strings,
     unwrap,
@@ -218,11 +219,20 @@ class Walker:
         self.found.settings.add("*")
 
     def _DoStmt(self, node: Any, depth: int) -> None:
+        self._body(node.args)
+
+    def _CreateFunctionStmt(self, node: Any, depth: int) -> None:
+        """Whoever may make a function may call it: its body is as good as a DO block's."""
+        self._body(node.options)
+        if node.HasField("sql_body"):
+            self.found.do_bodies.append(" ".join(sorted(names_in(unwrap(node.sql_body), 0))))
+
+    def _body(self, options: Any) -> None:
         self.found.constant_sensitive = True
-        for item in node.args:
+        for item in options:
             argument = unwrap(unwrap(item).arg)
-            if argument.DESCRIPTOR.name == "String":
-                self.found.do_bodies.append(argument.sval)
+            parts = argument.items if argument.DESCRIPTOR.name == "List" else [argument]
+            self.found.do_bodies += strings(parts)
 
     # -- parts
 

@@ -38,12 +38,15 @@ SELECT 'v', r.ev_class::pg_catalog.text, d.refobjid::pg_catalog.text,
    AND r.ev_class OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
    AND r.ev_class OPERATOR(pg_catalog.<>) d.refobjid
 UNION ALL
-SELECT 'o', r.ev_class::pg_catalog.text, m.m[1], m.m[2], m.m[3], ''
+SELECT DISTINCT 'o', r.ev_class::pg_catalog.text, pg_catalog.split_part(u.part, ' ', 1),
+       pg_catalog.split_part(pg_catalog.split_part(u.part, ':resorigtbl ', 2), ' ', 1),
+       pg_catalog.split_part(pg_catalog.split_part(u.part, ':resorigcol ', 2), ' ', 1), ''
   FROM pg_catalog.pg_rewrite r,
-       LATERAL pg_catalog.regexp_matches(r.ev_action::pg_catalog.text,
-         E':resno ([0-9]+) :resname (?:\\\\\\\\.|[^ \\\\\\\\])+ :ressortgroupref [0-9]+ '
-         ':resorigtbl ([0-9]+) :resorigcol ([0-9]+) :resjunk false', 'g') m(m)
+       LATERAL (SELECT pg_catalog.left(p.part, 300) AS part, p.at
+                  FROM pg_catalog.unnest(pg_catalog.string_to_array(r.ev_action::pg_catalog.text, ':resno '))
+                       WITH ORDINALITY p(part, at)) u
  WHERE r.ev_class OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid AND r.ev_type OPERATOR(pg_catalog.=) '1'::pg_catalog."char"
+   AND u.at OPERATOR(pg_catalog.>) 1
 UNION ALL
 SELECT DISTINCT 'w', r.ev_class::pg_catalog.text, '', '', '', ''
   FROM pg_catalog.pg_depend d
@@ -84,8 +87,9 @@ class Catalog:
         self._by_name: dict[str, list[int]] = {}
         self._view_sources: dict[int, set[tuple[int, int]]] = {}
         self._origins: dict[tuple[int, int], set[tuple[int, int]]] = {}
-        """What the rule of a view says its columns are: another relation's own, or (0, 0). The entries of queries inside it are
-        among them: only where all agree that a column is another's own is it."""
+        """What the rule of a view says its columns are: another relation's own, or (0, 0). A rule is kept as a tree (pg_node_tree), in
+        which every entry of a target list ends in `:resno 1 :resname a :ressortgroupref 0 :resorigtbl 0 :resorigcol 0`; names have
+        their spaces escaped. Those of queries inside are among them: a column is another's own only where all of its number are."""
         self._calling: set[int] = set()
         """Views that call functions of the users' own."""
         self._parents: dict[int, set[int]] = {}
@@ -115,8 +119,9 @@ class Catalog:
             elif kind == "v":
                 self._view_sources.setdefault(int(first), set()).add((int(second), int(third)))
             elif kind == "o":
-                key = (int(first), int(second))
-                self._origins.setdefault(key, set()).add((int(third), int(fourth)))
+                known = second.isdigit() and third.isdigit() and fourth.isdigit()
+                origin = (int(third), int(fourth)) if known else (0, 0)
+                self._origins.setdefault((int(first), int(second) if known else 0), set()).add(origin)
             elif kind == "w":
                 self._calling.add(int(first))
             elif kind == "p":
@@ -243,7 +248,7 @@ class Catalog:
                 if found is not None:
                     return found
         origins = self._origins.get(key)
-        if origins and all(origin[0] for origin in origins):
+        if origins and (oid, 0) not in self._origins and all(origin[0] for origin in origins):
             masks = [
                 self._resolve(plan, origin, seen) for origin in sorted(origins) if origin[0] >= FIRST_USER_OID
             ]

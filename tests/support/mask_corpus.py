@@ -194,6 +194,7 @@ RESULTS: Final[tuple[tuple[str, str], ...]] = (
     ("SELECT 'x' UNION ALL SELECT ssn FROM customers", "m"),
     ("SELECT id, name FROM customers UNION ALL SELECT id, ssn FROM customers", "cm"),
     ("SELECT ssn FROM customers EXCEPT SELECT name FROM customers", "m"),
+    ("SELECT id, name FROM customers EXCEPT SELECT id, ssn FROM customers", "cc"),
     ("SELECT name FROM customers INTERSECT SELECT name FROM customers", "c"),
     ("SELECT * FROM public.customers UNION SELECT * FROM public.customers", "ccmmcc"),
     ("(SELECT 1, ssn FROM customers LIMIT 1) UNION (SELECT 2, name FROM customers ORDER BY 2 LIMIT 1)", "cm"),

@@ -169,6 +169,10 @@ def test_what_holds_no_masked_column_stays_clean(masked: Policy, text: str) -> N
         "ALTER TABLE customers ADD x text GENERATED ALWAYS AS (upper(ssn)) STORED",
         "DO $$ begin raise notice '%', (select ssn from customers); end $$",
         "DO $$ begin execute 'select 1'; end $$",
+        "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS 'SELECT ssn FROM public.customers'",
+        "CREATE OR REPLACE FUNCTION f() RETURNS text LANGUAGE plpgsql AS $$ begin execute 'x'; end $$",
+        "CREATE FUNCTION f() RETURNS text BEGIN ATOMIC SELECT ssn FROM customers; END",
+        "CREATE PROCEDURE p() BEGIN ATOMIC INSERT INTO t SELECT ssn FROM customers; END",
     ],
 )
 def test_a_masked_column_cannot_be_moved_to_where_no_mask_is(masked: Policy, text: str) -> None:
@@ -188,6 +192,8 @@ def test_a_masked_column_cannot_be_moved_to_where_no_mask_is(masked: Policy, tex
         "ALTER TABLE customers RENAME COLUMN name TO title",
         "ALTER TABLE customers ADD y int",
         "DO $$ begin perform 1; end $$",
+        "CREATE FUNCTION f(int) RETURNS int LANGUAGE sql AS 'SELECT $1 + 1'",
+        "CREATE FUNCTION f(i int) RETURNS int RETURN i + 1",
     ],
 )
 def test_work_beside_a_masked_column_goes_on(masked: Policy, text: str) -> None:
