@@ -13,6 +13,7 @@ from tests.support import postgres_wire as wire
 from tests.support.free_port import free_port
 from tests.support.mask_corpus import ALLOWED, ERRORS, POLICY, REFUSED, RESULTS, SCHEMA
 from tests.support.postgres_server import PostgresServer
+from tests.support.random_queries import RandomQueries
 from tests.support.session_relay import SessionRelay
 
 pytestmark = pytest.mark.servers
@@ -32,6 +33,7 @@ def server() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="module")
 def direct(server: PostgresServer) -> Iterator[wire.Wire]:
     with wire.Wire(Address("127.0.0.1", server.port), user="postgres") as client:
+        client.ask(wire.query("SET statement_timeout = '2s'"))
         yield client
 
 
@@ -131,6 +133,23 @@ def test_errors_that_quote_no_masked_value_stay_as_they_are(direct: wire.Wire, s
         assert wire.errors(ask(steered, text, extended=False)) == wire.errors(
             ask(direct, text, extended=False)
         )
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_random_query_reveals_a_masked_value(direct: wire.Wire, steered: wire.Wire, seed: int) -> None:
+    source, answered, would_show = RandomQueries(seed), 0, 0
+    for _ in range(60):
+        text = source.query(3, [], [], 2)
+        plain = ask(direct, text, extended=False)
+        if wire.errors(plain):
+            continue
+        answered += 1
+        would_show += bool(revealed(plain))
+        found = ask(steered, text, extended=False)
+        assert not wire.errors(found), text
+        assert not revealed(found), text
+    assert answered > 20
+    assert would_show > 5
 
 
 def test_the_corpus_is_as_large_as_is_promised() -> None:
