@@ -1,7 +1,8 @@
-"""HTTP/1.1 heads and body framing, strictly. Heads are delimited here and their content is validated by httptools.
+"""HTTP/1.1 heads and body framing, strictly. Heads are delimited here and their content is validated by httptools as well.
 
 Refused, because peers read them differently (request smuggling, RFC 9112 section 11.2): both Content-Length and
-Transfer-Encoding, differing lengths, bare CR, folded headers, space before the colon, NUL, a chunk size that is no hex number.
+Transfer-Encoding, differing lengths, any coding but one `chunked`, bare CR or LF, NUL and other control characters, folded headers,
+space before the colon, a chunk size that is no plain hex number, a target and a Host that name different hosts.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ from sidecar.errors import LimitExceeded, ProtocolError
 MAX_HEADERS: Final = 200
 MAX_CHUNK_LINE: Final = 1024
 MAX_TRAILERS: Final = 16_384
-_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 NO_BODY: Final = frozenset({204, 304})
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_NAME: Final = re.compile(_TOKEN)
+_VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/(\d\.\d)")
+_STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9]\d\d)(?: [\t\x20-\x7e\x80-\xff]*)?")
+_LENGTH: Final = re.compile(rb"\d{1,18}")
+_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_ABSOLUTE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?]*)(.*)")
+_AUTHORITY: Final = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@\[\]:,]*)(?::\d{0,5})?")
+_STAND_IN: Final = b"POST"
+"""What httptools, which knows a fixed list of methods, is shown in place of one that it does not know."""
+Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
@@ -29,7 +40,7 @@ class Head:
     """A request's or a response's head. Header names as sent; `get` looks case-insensitively."""
 
     start: bytes
-    headers: list[tuple[bytes, bytes]]
+    headers: Headers
     method: str = ""
     target: str = ""
     status: int = 0
@@ -41,127 +52,154 @@ class Head:
     def get_all(self, name: bytes) -> list[bytes]:
         return [value for key, value in self.headers if key.lower() == name]
 
+    def words(self, name: bytes) -> list[bytes]:
+        """The members of a comma-separated header, lower case, of all its lines."""
+        members = b",".join(self.get_all(name)).split(b",")
+        return [word for member in members if (word := member.strip(b" \t").lower())]
+
     def without(self, *names: bytes) -> None:
         self.headers = [(key, value) for key, value in self.headers if key.lower() not in names]
 
     def encode(self) -> bytes:
-        return (
-            self.start
-            + b"\r\n"
-            + b"".join(key + b": " + value + b"\r\n" for key, value in self.headers)
-            + b"\r\n"
-        )
+        return self.start + b"\r\n" + encode_headers(self.headers)
 
     @property
     def keep_alive(self) -> bool:
-        connection = (self.get(b"connection") or b"").lower()
+        connection = self.words(b"connection")
         return b"close" not in connection if self.version == "1.1" else b"keep-alive" in connection
 
 
-class _Sink:
-    def __init__(self) -> None:
-        self.url = b""
+def encode_headers(headers: Headers) -> bytes:
+    """Header (or trailer) lines and the empty line after them."""
+    return b"".join(key + b": " + value + b"\r\n" for key, value in headers) + b"\r\n"
 
-    def on_url(self, url: bytes) -> None:
-        self.url += url
+
+class _Sink:
+    """Takes no events: httptools only validates."""
+
+
+def _header(line: bytes) -> tuple[bytes, bytes]:
+    if line[:1] in (b" ", b"\t"):
+        raise ProtocolError("a folded header")
+    name, colon, value = line.partition(b":")
+    if not colon or not _NAME.fullmatch(name):
+        raise ProtocolError("a malformed header line")
+    if not _VALUE.fullmatch(value):
+        raise ProtocolError("a control character in a header")
+    return name, value.strip(b" \t")
 
 
 def parse_head(raw: bytes, *, request: bool) -> Head:
-    """`raw` up to and with the empty line. Raises ProtocolError."""
+    """`raw` up to and with the empty line. Raises ProtocolError, or LimitExceeded for too many headers."""
     lines = raw[:-4].split(b"\r\n")
     if any(b"\r" in line or b"\n" in line or b"\0" in line for line in lines):
         raise ProtocolError("a bare CR, LF or NUL in a head")
     if len(lines) - 1 > MAX_HEADERS:
         raise LimitExceeded(f"more than {MAX_HEADERS} headers", limit="headers", value=MAX_HEADERS)
-    headers = []
-    for line in lines[1:]:
-        if line[:1] in (b" ", b"\t"):
-            raise ProtocolError("a folded header")
-        name, colon, value = line.partition(b":")
-        if not colon or not _NAME.fullmatch(name):
-            raise ProtocolError("a malformed header line")
-        headers.append((name, value.strip(b" \t")))
-    head = Head(lines[0], headers)
-    sink = _Sink()
-    try:
-        if request:
-            parser: Any = httptools.HttpRequestParser(sink)
-            first = b"\r\n".join([lines[0], b"Host: x", b"", b""]) if not headers else raw
-            with contextlib.suppress(httptools.HttpParserUpgrade):
-                parser.feed_data(first)
-            head.method = parser.get_method().decode()
-            head.target = sink.url.decode("ascii", "surrogateescape")
-            head.version = parser.get_http_version()
-        else:
-            parts = lines[0].split(b" ", 2)
-            if (
-                len(parts) < 2
-                or not re.fullmatch(rb"HTTP/1\.[01]", parts[0])
-                or not re.fullmatch(rb"[1-9]\d\d", parts[1])
-            ):
-                raise ProtocolError("a malformed status line")
-            head.status = int(parts[1])
-            head.version = parts[0][5:].decode()
-    except httptools.HttpParserError as error:
-        raise ProtocolError(f"a malformed head: {error}") from error
+    head = Head(lines[0], [_header(line) for line in lines[1:]])
+    if request:
+        _request_line(head, raw)
+    else:
+        status = _STATUS_LINE.fullmatch(head.start)
+        if not status:
+            raise ProtocolError("a malformed status line")
+        head.version, head.status = status[1].decode(), int(status[2])
+    return head
+
+
+def _request_line(head: Head, raw: bytes) -> None:
+    line = _REQUEST_LINE.fullmatch(head.start)
+    if not line:
+        raise ProtocolError("a malformed request line")
+    head.method = line[1].decode()
+    head.target = line[2].decode("utf-8", "replace")
+    head.version = line[3].decode()
     if head.version not in ("1.0", "1.1"):
         raise ProtocolError(f"HTTP/{head.version} in an HTTP/1 message")
-    return head
+    # A word that httptools does not know as a method, or cannot pair with this target, is validated under a common one's name.
+    first = raw if head.headers else head.start + b"\r\nHost: x\r\n\r\n"
+    try:
+        _validate(first)
+    except httptools.HttpParserInvalidMethodError:
+        try:
+            _validate(_STAND_IN + first[len(line[1]) :])
+        except httptools.HttpParserError as error:
+            raise ProtocolError(f"a malformed head: {error}") from error
+    except httptools.HttpParserError as error:
+        raise ProtocolError(f"a malformed head: {error}") from error
+
+
+def _validate(head: bytes) -> None:
+    parser: Any = httptools.HttpRequestParser(_Sink())
+    with contextlib.suppress(httptools.HttpParserUpgrade):
+        parser.feed_data(head)
 
 
 @dataclass(slots=True)
 class Body:
-    """Follows a body's framing over chunks of bytes: `feed` says how many belong to it. `kind`: length, chunked, close, none."""
+    """Follows a body's framing over chunks of bytes. `kind`: length, chunked, close, none.
+
+    After each `feed`, `payload` holds the decoded parts of what was consumed, and `relay` what of it may be sent on as it came: all,
+    but for a trailer section, whose fields are in `trailers` once `done` (they are to be judged like headers first).
+    """
 
     kind: str
     remaining: int = 0
     done: bool = False
+    payload: list[memoryview] = field(default_factory=list)
+    relay: memoryview = field(default_factory=lambda: memoryview(b""))
+    trailers: Headers = field(default_factory=list)
     _state: str = "size"
-    _line: bytearray = field(default_factory=bytearray)
-    _trailers: int = 0
+    _line: bytes = b""
+    _trailer_bytes: int = 0
 
-    def feed(self, data: memoryview, payload: bytearray | None = None) -> int:
-        """Consume from `data`; the decoded payload is added to `payload` where one is given. Raises ProtocolError."""
-        if self.kind in ("none",) or self.done:
+    def feed(self, data: bytes, start: int) -> int:
+        """Consume from `data` at `start`; the offset after what belongs to the body. Raises ProtocolError."""
+        view = memoryview(data)
+        self.payload = []
+        end = start
+        if self.done or self.kind == "none":
             self.done = True
-            return 0
-        if self.kind == "close":
-            if payload is not None:
-                payload += data
-            return len(data)
-        if self.kind == "length":
-            take = min(self.remaining, len(data))
-            self.remaining -= take
+        elif self.kind == "close":
+            end = len(data)
+            self.payload.append(view[start:])
+        elif self.kind == "length":
+            end = start + min(self.remaining, len(data) - start)
+            self.remaining -= end - start
             self.done = self.remaining == 0
-            if payload is not None:
-                payload += data[:take]
-            return take
-        return self._chunked(data, payload)
+            self.payload.append(view[start:end])
+        else:
+            return self._chunked(data, view, start)
+        self.relay = view[start:end]
+        return end
 
-    def _chunked(self, data: memoryview, payload: bytearray | None) -> int:
-        offset, end = 0, len(data)
-        while offset < end and not self.done:
+    def _chunked(self, data: bytes, view: memoryview, start: int) -> int:
+        offset, relay_end = start, start
+        while offset < len(data) and not self.done:
             if self._state == "data":
-                take = min(self.remaining, end - offset)
-                if payload is not None:
-                    payload += data[offset : offset + take]
-                offset += take
-                self.remaining -= take
+                end = offset + min(self.remaining, len(data) - offset)
+                self.payload.append(view[offset:end])
+                self.remaining -= end - offset
+                offset = relay_end = end
                 if self.remaining == 0:
                     self._state = "crlf"
                 continue
-            byte = data[offset]
-            offset += 1
-            self._line.append(byte)
-            if len(self._line) > MAX_CHUNK_LINE and self._state != "trailer":
-                raise ProtocolError("a chunk header is too long")
-            if byte != 10:
+            in_trailers = self._state == "trailer"
+            newline = data.find(b"\n", offset, offset + MAX_CHUNK_LINE + 1)
+            end = newline + 1 if newline >= 0 else min(len(data), offset + MAX_CHUNK_LINE + 1)
+            self._line += data[offset:end]
+            offset = end
+            if not in_trailers:
+                relay_end = end
+            if len(self._line) > (MAX_TRAILERS if in_trailers else MAX_CHUNK_LINE):
+                raise ProtocolError(f"a line in a chunked body is too long ({self._state})")
+            if newline < 0:
                 continue
             if self._line[-2:] != b"\r\n":
                 raise ProtocolError("a bare LF in a chunked body")
-            line = bytes(self._line[:-2])
-            self._line.clear()
+            line, self._line = self._line[:-2], b""
             self._chunk_line(line)
+        self.relay = view[start:relay_end]
         return offset
 
     def _chunk_line(self, line: bytes) -> None:
@@ -175,11 +213,13 @@ class Body:
                 raise ProtocolError("a malformed chunk size")
             self.remaining = int(match[1], 16)
             self._state = "data" if self.remaining else "trailer"
-        else:
-            self._trailers += len(line)
-            if self._trailers > MAX_TRAILERS:
+        elif line:
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > MAX_TRAILERS:
                 raise ProtocolError("the trailers are too long")
-            self.done = not line
+            self.trailers.append(_header(line))
+        else:
+            self.done = True
 
 
 def framing(head: Head, *, request: bool, method: str = "") -> Body:
@@ -191,12 +231,9 @@ def framing(head: Head, *, request: bool, method: str = "") -> Body:
             raise ProtocolError("both Content-Length and Transfer-Encoding")
         if head.version == "1.0":
             raise ProtocolError("Transfer-Encoding in HTTP/1.0")
-        if len(codings) != 1 or codings[0].strip().lower() != b"chunked":
+        if len(codings) != 1 or codings[0].lower() != b"chunked":
             raise ProtocolError("a Transfer-Encoding other than chunked")
-    if (
-        any(not re.fullmatch(rb"\d{1,18}", value) for value in lengths)
-        or len({int(value) for value in lengths}) > 1
-    ):
+    if any(not _LENGTH.fullmatch(value) for value in lengths) or len({int(value) for value in lengths}) > 1:
         raise ProtocolError("a malformed or contradictory Content-Length")
     if not request and (method == "HEAD" or head.status in NO_BODY or 100 <= head.status < 200):
         return Body("none", done=True)
@@ -209,23 +246,32 @@ def framing(head: Head, *, request: bool, method: str = "") -> Body:
 
 
 def split_target(
-    target: str, host_header: str | None
+    method: str, target: str, host_header: str | None
 ) -> tuple[str | None, str, str, tuple[tuple[str, str], ...]]:
-    """(host without port, normalised path, raw path, query) of a request target in any of its forms."""
-    host = host_header
-    rest = target
-    if "://" in target:
-        _, _, after = target.partition("://")
-        authority, slash, path = after.partition("/")
-        host, rest = authority, slash + path or "/"
-    elif not target.startswith(("/", "*")):
-        host, rest = target, "/"  # CONNECT's authority form
+    """(host without port, normalised path, raw path, query) of a request target in any of its forms (RFC 9112 section 3.2).
+    Raises ProtocolError."""
+    host = _host_name(host_header) if host_header is not None else None
+    absolute = _ABSOLUTE.fullmatch(target)
+    if target.startswith("/") or target == "*":
+        rest = target
+    elif method == "CONNECT":
+        host, rest = _host_name(target), "/"
+    elif absolute:
+        named = _host_name(absolute[1])
+        if host is not None and named != host:
+            raise ProtocolError("the target and Host name different hosts")
+        host, rest = named, absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+    else:
+        raise ProtocolError("a malformed request target")
     raw_path, _, query = rest.partition("?")
-    if host is not None:
-        host = host.rpartition("@")[2]
-        host = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-        host = host.lower().rstrip(".")
     return host, normal_path(raw_path), raw_path, tuple(parse_qsl(query, keep_blank_values=True))
+
+
+def _host_name(authority: str) -> str:
+    if not _AUTHORITY.fullmatch(authority):
+        raise ProtocolError("a malformed host")
+    host = authority.partition("]")[0][1:] if authority.startswith("[") else authority.partition(":")[0]
+    return host.lower().rstrip(".")
 
 
 def normal_path(raw: str) -> str:
@@ -233,10 +279,11 @@ def normal_path(raw: str) -> str:
     decoded = unquote(raw, errors="replace").replace("\\", "/")
     found: list[str] = []
     for segment in decoded.split("/"):
-        if segment == "..":
+        bare = segment.partition(";")[0]
+        if bare == "..":
             if found:
                 found.pop()
-        elif segment not in ("", "."):
-            found.append(segment.partition(";")[0])
+        elif bare not in ("", "."):
+            found.append(bare)
     tail = "/" if decoded.endswith("/") and found else ""
     return "/" + "/".join(found) + tail

@@ -77,8 +77,9 @@ class MaskPlan(Protocol):
     @property
     def has_json(self) -> bool: ...
 
-    def apply_json(self, document: object) -> tuple[object, bool]:
-        """A masked copy of a parsed JSON document, and whether anything was changed."""
+    def mask_json(self, body: bytes) -> bytes:
+        """The text of a JSON document with its masked values replaced and every other byte as it was; the same object where nothing
+        was masked. Raises ValueError where it is no JSON."""
         ...
 
     def header(self, name: str) -> ValueMask | None:

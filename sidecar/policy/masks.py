@@ -16,6 +16,7 @@ from typing import Any, Final
 import re2
 
 from sidecar.model.verdict import ValueMask
+from sidecar.policy.json_text import JsonPattern, mask_json_text
 from sidecar.policy.reach import CLEAN, MASKED
 from sidecar.policy.sql_facts import Table
 
@@ -112,14 +113,6 @@ def column_pattern(text: str, mask: StrategyMask) -> ColumnPattern:
 _STEP: Final = re.compile(r"\.\.([\w-]+|\*)|\.([\w-]+|\*)|\[\*\]|\[(\d+)\]|\['([^']+)'\]")
 
 
-@dataclass(frozen=True, slots=True)
-class JsonPattern:
-    """Steps: a name, an index, `*` (any member or item) or `..` before a name (any depth)."""
-
-    steps: tuple[tuple[str, Any], ...]
-    mask: StrategyMask
-
-
 def json_pattern(text: str, mask: StrategyMask) -> JsonPattern:
     """`$.a.b[*].c`, `$..name`, `$['a b'][0]`. Raises ValueError."""
     if not text.startswith("$"):
@@ -147,50 +140,6 @@ def json_pattern(text: str, mask: StrategyMask) -> JsonPattern:
     if not steps:
         raise ValueError("`$` alone masks nothing")
     return JsonPattern(tuple(steps), mask)
-
-
-def _mask_json(node: Any, steps: tuple[tuple[str, Any], ...], mask: StrategyMask) -> tuple[Any, bool]:
-    if not steps:
-        return _mask_value(node, mask)
-    (kind, argument), rest = steps[0], steps[1:]
-    if isinstance(node, dict):
-        changed, found = False, dict(node)
-        for key in node:
-            if (
-                kind == "any"
-                or (kind == "name" and key == argument)
-                or (kind == "deep" and argument in ("*", key))
-            ):
-                found[key], touched = _mask_json(found[key], rest, mask)
-                changed |= touched
-            if kind == "deep":
-                found[key], touched = _mask_json(found[key], steps, mask)
-                changed |= touched
-        return (found, True) if changed else (node, False)
-    if isinstance(node, list):
-        changed, items = False, list(node)
-        for index, value in enumerate(node):
-            if kind == "any" or (kind == "index" and index == argument):
-                items[index], touched = _mask_json(value, rest, mask)
-                changed |= touched
-            elif kind == "deep":
-                items[index], touched = _mask_json(value, steps, mask)
-                changed |= touched
-        return (items, True) if changed else (node, False)
-    return node, False
-
-
-def _mask_value(node: Any, mask: StrategyMask) -> tuple[Any, bool]:
-    """Strings are masked; numbers and booleans, which cannot hold a mask, become null; objects and lists are masked whole."""
-    if node is None:
-        return None, False
-    if isinstance(node, str):
-        return mask.apply_str(node), True
-    if isinstance(node, dict):
-        return {key: _mask_value(value, mask)[0] for key, value in node.items()}, True
-    if isinstance(node, list):
-        return [_mask_value(value, mask)[0] for value in node], True
-    return None, True
 
 
 def _luhn(text: str) -> bool:
@@ -313,30 +262,11 @@ class Plan:
             masked = item.apply(masked)
         return value if masked == value else masked
 
-    def apply_json(self, document: object) -> tuple[object, bool]:
-        changed = False
-        node: Any = document
-        for pattern in self.json:
-            node, touched = _mask_json(node, pattern.steps, pattern.mask)
-            changed |= touched
-        if self.detectors:
-            node, touched = self._detect_json(node)
-            changed |= touched
-        return node, changed
+    def mask_json(self, body: bytes) -> bytes:
+        return mask_json_text(body, self.json, self._detect if self.detectors else None)
 
-    def _detect_json(self, node: Any) -> tuple[Any, bool]:
-        if isinstance(node, str):
-            masked = self.detect_text(node.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
-            return masked, masked != node
-        if isinstance(node, dict):
-            rows = {key: self._detect_json(value) for key, value in node.items()}
-            return {key: value for key, (value, _) in rows.items()}, any(
-                touched for _, touched in rows.values()
-            )
-        if isinstance(node, list):
-            items = [self._detect_json(value) for value in node]
-            return [value for value, _ in items], any(touched for _, touched in items)
-        return node, False
+    def _detect(self, text: str) -> str:
+        return self.detect_text(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def header(self, name: str) -> ValueMask | None:
         for pattern, mask in self.headers:

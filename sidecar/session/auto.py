@@ -1,15 +1,20 @@
-"""Looks at the first bytes, then hands the flow to the session of what they are. A server that speaks first is opaque."""
+"""Looks at the first bytes, then hands the flow to the session of what they are.
+
+A client that says nothing for a while may wait for a server that speaks first: then the server is reached, and who speaks first decides.
+The server: the flow is opaque. The client, however late: its first bytes decide as ever, so that waiting is no way around the policy.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sidecar.codecs import detect, tls_hello
 from sidecar.model.flow import Side
 from sidecar.model.reasons import CloseReason, GapReason
-from sidecar.model.verdict import Engine
-from sidecar.session.commands import CloseFlow, Command, OpenUpstream, Session
-from sidecar.session.context import SessionContext
+from sidecar.model.verdict import Action, Engine
+from sidecar.session.commands import CloseFlow, Command, OpenUpstream, Session, WriteRecord
+from sidecar.session.context import SessionContext, verdict_part
 from sidecar.session.http import HttpSession
 from sidecar.session.opaque import OpaqueSession
 from sidecar.session.postgres import PostgresSession
@@ -19,12 +24,17 @@ if TYPE_CHECKING:
 
 
 class AutoSession:
-    """Implements session.commands.Session. Until it knows, nothing is sent upstream; the chosen session writes the `open` record."""
+    """Implements session.commands.Session. Until it knows, nothing of the client's is sent upstream."""
 
     def __init__(self, context: SessionContext) -> None:
         self.context = context
         self._inner: Session | None = None
         self._seen = bytearray()
+        self._opened = False
+        """The server was reached, and the open record written, before anything was known."""
+        self._connected = False
+        self._watching = False
+        """Relayed as opaque though the first line is not whole: should it become HTTP after all, the flow ends."""
 
     @property
     def client_requires_tls(self) -> bool:
@@ -39,66 +49,128 @@ class AutoSession:
         return self._inner.lane if isinstance(self._inner, PostgresSession) else None
 
     def upstream_connected(self, now_ns: int) -> list[Command]:
+        self._connected = True
         return self._inner.upstream_connected(now_ns) if self._inner else []
 
     def receive(self, side: Side, data: bytes, now_ns: int) -> list[Command]:
         if self._inner is not None:
-            return self._inner.receive(side, data, now_ns)
+            if self._watching and side is Side.CLIENT and self._turned_out_http(data):
+                why = "an HTTP request that trickled in after it was taken for something else"
+                return self._inner.abort(CloseReason.PROTOCOL_ERROR, why, now_ns)
+            return self._pass(self._inner.receive(side, data, now_ns), now_ns)
+        if side is Side.SERVER:
+            if data.startswith(b"HTTP/1."):
+                return self._begin(HttpSession(self.context), side, data, now_ns)
+            gap = OpaqueSession(self.context, GapReason.UNKNOWN_PROTOCOL, "the server spoke first")
+            out = self._begin(gap, side, data, now_ns)
+            if self._seen and not _ended(out):
+                out += self._inner_receive(Side.CLIENT, bytes(self._seen), now_ns)
+            return out
         self._seen += data
         seen = bytes(self._seen)
         kind = detect.detect(seen)
         if kind is None and len(seen) < detect.DETECT_MAX_BYTES:
-            return []
+            return self._unknown_yet(seen, now_ns) if self._opened else []
         if (
             kind == "tls"
             and len(seen) < 5 + int.from_bytes(seen[3:5])
             and len(seen) < tls_hello.HELLO_MAX_BYTES
         ):
             return []
-        self._choose(kind or "opaque", seen)
-        assert self._inner is not None
-        out = self._inner.start(now_ns)
-        return out if _ended(out) else out + self._inner.receive(side, seen, now_ns)
+        return self._begin(self._session_of(kind or "opaque", seen), side, seen, now_ns)
 
     def settle(self, now_ns: int) -> list[Command]:
-        """The client has said nothing for a while: the server may have to speak first, so the flow is opaque."""
-        if self._inner is not None:
+        """The client has said nothing, or nothing that is understood, for a while."""
+        if self._inner is not None or self._opened:
             return []
-        self._inner = OpaqueSession(
-            self.context, GapReason.UNKNOWN_PROTOCOL, "the client did not speak first"
-        )
-        out = self._inner.start(now_ns)
-        if self._seen and not _ended(out):
-            out += self._inner.receive(Side.CLIENT, bytes(self._seen), now_ns)
+        seen = bytes(self._seen)
+        if seen and detect.detect(seen) == "tls":
+            return self._begin(self._session_of("tls", seen), Side.CLIENT, seen, now_ns)
+        if seen:
+            return self._unknown_yet(seen, now_ns)
+        context = self.context
+        verdict = context.judge_connect("unknown")
+        if context.identity_denial() is not None or verdict.action is Action.DENY:
+            gap = OpaqueSession(context, GapReason.UNKNOWN_PROTOCOL, "the client did not speak first")
+            return self._begin(gap, Side.CLIENT, b"", now_ns)
+        self._opened = True
+        return [WriteRecord(context.open_record("unknown", verdict_part(verdict), now_ns)), OpenUpstream()]
+
+    def _unknown_yet(self, seen: bytes, now_ns: int) -> list[Command]:
+        """Nothing that is known so far, and the client may be waiting for an answer to it."""
+        if detect.may_become_known(seen):
+            return []
+        self._watching = True
+        return self._begin(self._session_of("opaque", seen), Side.CLIENT, seen, now_ns)
+
+    def _begin(self, session: Session, side: Side, data: bytes, now_ns: int) -> list[Command]:
+        """Hand over, with what came first."""
+        self._inner = session
+        out = self._pass(session.start(now_ns), now_ns)
+        if data and not _ended(out):
+            out += self._inner_receive(side, data, now_ns)
         return out
 
-    def _choose(self, kind: str, seen: bytes) -> None:
+    def _inner_receive(self, side: Side, data: bytes, now_ns: int) -> list[Command]:
+        assert self._inner is not None
+        return self._pass(self._inner.receive(side, data, now_ns), now_ns)
+
+    def _pass(self, commands: list[Command], now_ns: int) -> list[Command]:
+        """What the chosen session wants, but for what was done before it was chosen."""
+        if not self._opened:
+            return commands
+        kept: list[Command] = [
+            command
+            for command in commands
+            if not isinstance(command, OpenUpstream)
+            and not (isinstance(command, WriteRecord) and command.record.kind == "open")
+        ]
+        if self._connected and self._inner is not None and any(map(_is_open, commands)):
+            kept += self._inner.upstream_connected(now_ns)
+        return kept
+
+    def _turned_out_http(self, data: bytes) -> bool:
+        self._seen += data[: detect.DETECT_MAX_BYTES]
+        kind = detect.detect(bytes(self._seen))
+        self._watching = kind is None and len(self._seen) < detect.DETECT_MAX_BYTES
+        return kind in ("http", "http2")
+
+    def _session_of(self, kind: str, seen: bytes) -> Session:
         context = self.context
         if kind == "postgres":
-            self._inner = PostgresSession(context)
-        elif kind == "http":
-            self._inner = HttpSession(context)
-        elif kind == "tls":
+            return PostgresSession(context)
+        if kind == "http":
+            return HttpSession(context)
+        if kind == "tls":
             name = tls_hello.server_name(seen)
-            self._inner = OpaqueSession(
-                context,
-                GapReason.ENCRYPTED,
-                f"TLS, server name {name}" if name else "TLS without a server name",
-            )
-        elif kind == "http2":
-            self._inner = OpaqueSession(
-                context, GapReason.ENCRYPTED, "HTTP/2 in plain text is not inspected in this version"
-            )
-        else:
-            self._inner = OpaqueSession(
-                context, GapReason.UNKNOWN_PROTOCOL, "the first bytes are of no known protocol"
-            )
+            if name is not None:
+                self._named_by_client(name)
+            detail = f"TLS, server name {name}" if name else "TLS without a server name"
+            return OpaqueSession(context, GapReason.ENCRYPTED, detail)
+        if kind == "http2":
+            detail = "HTTP/2 in plain text is not inspected in this version"
+            return OpaqueSession(context, GapReason.ENCRYPTED, detail)
+        return OpaqueSession(context, GapReason.UNKNOWN_PROTOCOL, "the first bytes are of no known protocol")
+
+    def _named_by_client(self, name: str) -> None:
+        """The server name of a ClientHello is one more name of the target, and the best where nothing else is known."""
+        facts = self.context.facts
+        target = facts.target
+        names = target.names if name in target.names else (*target.names, name)
+        if target.host_source == "address":
+            target = replace(target, host=name, host_source="sni")
+        self.context.facts = replace(facts, target=replace(target, names=names))
 
     def eof(self, side: Side, now_ns: int) -> list[Command]:
-        if self._inner is None:
-            out = self.settle(now_ns)
-            return out if _ended(out) else out + (self._inner.eof(side, now_ns) if self._inner else [])
-        return self._inner.eof(side, now_ns)
+        if self._inner is not None:
+            return self._pass(self._inner.eof(side, now_ns), now_ns)
+        if side is Side.SERVER or self._seen:
+            detail = "the connection ended before a known protocol was spoken"
+        else:
+            detail = "the client did not speak first"
+        gap = OpaqueSession(self.context, GapReason.UNKNOWN_PROTOCOL, detail)
+        out = self._begin(gap, Side.CLIENT, bytes(self._seen), now_ns)
+        return out if _ended(out) else out + gap.eof(side, now_ns)
 
     def tls_started(self, now_ns: int) -> list[Command]:
         return self._inner.tls_started(now_ns) if self._inner else []
@@ -109,20 +181,22 @@ class AutoSession:
     def hold_decided(
         self, hold_id: str, outcome: str, by: str | None, reason: str, now_ns: int
     ) -> list[Command]:
-        return self._inner.hold_decided(hold_id, outcome, by, reason, now_ns) if self._inner else []
+        if self._inner is None:
+            return []
+        return self._pass(self._inner.hold_decided(hold_id, outcome, by, reason, now_ns), now_ns)
 
     def engine_changed(self, engine: Engine, now_ns: int) -> list[Command]:
         self.context.engine = engine
         return self._inner.engine_changed(engine, now_ns) if self._inner else []
 
     def abort(self, reason: CloseReason, detail: str, now_ns: int) -> list[Command]:
-        if self._inner is None:
-            self._inner = OpaqueSession(self.context)
-            opening = [command for command in self._inner.start(now_ns) if not _is_open(command)]
-            if _ended(opening):
-                return opening
-            return opening + self._inner.abort(reason, detail, now_ns)
-        return self._inner.abort(reason, detail, now_ns)
+        if self._inner is not None:
+            return self._inner.abort(reason, detail, now_ns)
+        opaque = OpaqueSession(self.context)
+        opening = [
+            command for command in self._begin(opaque, Side.CLIENT, b"", now_ns) if not _is_open(command)
+        ]
+        return opening if _ended(opening) else opening + opaque.abort(reason, detail, now_ns)
 
 
 def _is_open(command: Command) -> bool:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from dataclasses import dataclass, replace
 from typing import Final
-
-import msgspec
-import orjson
 
 from sidecar.codecs import http1
 from sidecar.codecs.http1 import Body, Head
@@ -15,17 +12,20 @@ from sidecar.errors import LimitExceeded, ProtocolError
 from sidecar.model.flow import Side
 from sidecar.model.operation import HttpOperation
 from sidecar.model.reasons import CloseReason
-from sidecar.model.record import HoldPart, Record
 from sidecar.model.verdict import Action, Verdict
-from sidecar.session.commands import OpenHold, PauseReading
+from sidecar.session.commands import PauseReading
 from sidecar.session.context import IDENTITY_RULE, denial_message, identity_verdict_part, verdict_part
 from sidecar.session.http_exchange import Exchange
+from sidecar.session.http_hold import HeldRequest, open_hold
 from sidecar.session.http_pending import Pending
-from sidecar.session.http_records import safe_target
+from sidecar.session.http_request_json import request_json
+from sidecar.session.http_rules import clean, without_reserved
 
 MAX_PIPELINED: Final = 256
+"""Requests under way on one connection; more are not read before answers come."""
 DISCARD_MAX_BYTES: Final = 64 * 1024 * 1024
 """How much of a refused request's body is read off to keep the connection."""
+_HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 
 
 @dataclass(slots=True)
@@ -36,18 +36,8 @@ class _Awaited:
     body: Body
     operation: HttpOperation
     collected: bytearray
-
-
-@dataclass(slots=True)
-class _Held:
-    """A request that waits for somebody's decision."""
-
-    head: Head
-    body: bytes
-    operation: HttpOperation
-    verdict: Verdict
-    record_id: str
-    since_ns: int
+    raw: bytearray
+    """The same as it came, for a body that turns out too long to look at."""
 
 
 class Requests:
@@ -58,102 +48,152 @@ class Requests:
         self.facts = exchange.context.facts
         self.refused: tuple[str, str] | None = None
         self._buffer = bytearray()
+        """A head that is not whole yet, or what was read ahead."""
+        self._searched = 0
+        """How much of the buffer holds no end of a head."""
         self._body: Body | None = None
         self._discarding = False
         self._discarded = 0
         self._streaming: Pending | None = None
         self._awaited: _Awaited | None = None
-        self._held: _Held | None = None
+        self._held: HeldRequest | None = None
         self._paused = False
+
+    @property
+    def idle(self) -> bool:
+        """Nothing that the client sent waits here for its turn."""
+        return self._held is None and self._awaited is None and (not self._buffer or self._searched > 0)
 
     @property
     def held(self) -> bool:
         return self._held is not None
+
+    @property
+    def in_body(self) -> bool:
+        """The server, or we, have the head of the request under way, and not all of its body."""
+        return self._body is not None
 
     def receive(self, data: bytes) -> None:
         exchange = self.exchange
         if exchange.raw:
             exchange.to_server(data)
             return
-        if self._held is not None or exchange.last_request:
+        fresh = not self._buffer
+        if not fresh:
             self._buffer += data
-            limit = exchange.context.limits.held_max_bytes
-            if len(self._buffer) > limit and not self._paused:
-                self._paused = True
-                exchange.out.append(PauseReading(Side.CLIENT, True))
+        if self._blocked:
+            if fresh:
+                self._buffer += data
+            self._bound()
             return
-        if self._buffer:
-            self._buffer += data
+        if not fresh:
+            if self._searched and _HEAD_END.search(self._buffer, max(self._searched - 3, 0)) is None:
+                self._incomplete(len(self._buffer))
+                return
             data = bytes(self._buffer)
             self._buffer.clear()
-        view = memoryview(data)
+        self._searched = 0
+        self._read(data)
+
+    def resume(self) -> None:
+        """A turn has come, or an answer made room: what was read ahead goes on."""
+        if self._paused:
+            self._paused = False
+            self.exchange.out.append(PauseReading(Side.CLIENT, False))
+        if not self._buffer or self._searched or self.exchange.closed:
+            return
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        if self.exchange.raw:
+            self.exchange.to_server(rest)
+        else:
+            self.receive(rest)
+
+    @property
+    def _blocked(self) -> bool:
+        """No new request is read for now."""
+        if self._body is not None or self._awaited is not None:
+            return False
+        return (
+            self._held is not None
+            or self.exchange.last_request
+            or self.exchange.switching
+            or len(self.exchange.pending) >= MAX_PIPELINED
+        )
+
+    def _bound(self) -> None:
+        """What is read ahead is bounded: then the client is not read."""
+        if self.exchange.last_request and not self._held:
+            self._buffer.clear()  # nothing after a last request is read (RFC 9112 section 9.6)
+        elif len(self._buffer) > self.exchange.context.limits.held_max_bytes and not self._paused:
+            self._paused = True
+            self.exchange.out.append(PauseReading(Side.CLIENT, True))
+
+    def _read(self, data: bytes) -> None:
+        exchange = self.exchange
         offset = 0
-        while offset < len(data) and not exchange.closed and not exchange.raw:
+        while offset < len(data) and not exchange.closed:
             if self._awaited is not None:
-                offset += self._await_body(self._awaited, view[offset:])
-                continue
-            if self._held is not None or exchange.last_request:
-                break
-            if self._body is not None:
-                offset += self._stream(self._body, view[offset:])
-                continue
-            end = data.find(b"\r\n\r\n", offset)
-            limit = exchange.context.limits.head_max_bytes
-            if end < 0:
-                while (
-                    data[offset : offset + 2] == b"\r\n"
-                ):  # RFC 9112 section 2.2: empty lines before a request
-                    offset += 2
-                if len(data) - offset > limit:
-                    raise LimitExceeded(
-                        f"a request head over {limit} bytes", limit="head_max_bytes", value=limit
-                    )
-                break
-            if end + 4 - offset > limit:
-                raise LimitExceeded(f"a request head over {limit} bytes", limit="head_max_bytes", value=limit)
-            raw = bytes(data[offset : end + 4]).lstrip(b"\r\n")
-            offset = end + 4
-            self._request(http1.parse_head(raw, request=True))
-        if offset < len(data):
-            if exchange.raw:
-                exchange.to_server(bytes(view[offset:]))
+                offset = self._await_body(self._awaited, data, offset)
+            elif self._body is not None:
+                offset = self._stream(self._body, data, offset)
+            elif self._blocked:
+                self._buffer += memoryview(data)[offset:]
+                self._bound()
+                return
             else:
-                self._buffer += view[offset:]
+                while offset < len(data) and data[offset] in b"\r\n":  # RFC 9112 section 2.2: empty lines
+                    offset += 1
+                end = _HEAD_END.search(data, offset)
+                if end is None:
+                    self._buffer += memoryview(data)[offset:]
+                    self._incomplete(len(data) - offset)
+                    return
+                if end[0] != b"\r\n\r\n":
+                    raise ProtocolError("a bare LF in a head")
+                self._check_size(end.end() - offset)
+                head = http1.parse_head(data[offset : end.end()], request=True)
+                offset = end.end()
+                self._request(head)
 
-    def upgraded(self) -> None:
-        """What was read ahead belongs to the other protocol."""
-        if self._buffer:
-            self.exchange.to_server(bytes(self._buffer))
-            self._buffer.clear()
+    def _incomplete(self, size: int) -> None:
+        self._check_size(size)
+        self._searched = size
 
-    def _stream(self, body: Body, view: memoryview) -> int:
-        take = body.feed(view)
+    def _check_size(self, size: int) -> None:
+        limit = self.exchange.context.limits.head_max_bytes
+        if size > limit:
+            raise LimitExceeded(f"a request head over {limit} bytes", limit="head_max_bytes", value=limit)
+
+    def _stream(self, body: Body, data: bytes, offset: int) -> int:
+        end = body.feed(data, offset)
         if self._discarding:
-            self._discarded += take
+            self._discarded += end - offset
             if self._discarded > DISCARD_MAX_BYTES:
                 self.exchange.close(CloseReason.LIMIT, "a refused request's body is too long to read off")
         else:
-            part = view[:take]
-            if self._streaming is not None:
-                self._streaming.body_bytes += take
-                if self._streaming.body_digest is None:
-                    self._streaming.body_digest = hashlib.sha256()
-                self._streaming.body_digest.update(part)
-            self.exchange.to_server(part)
+            assert self._streaming is not None
+            for part in body.payload:
+                self._streaming.body.note(part, self.exchange.context.limits.record_body_max_bytes)
+            if len(body.relay):
+                self.exchange.to_server(body.relay)
+            if body.done and body.kind == "chunked":
+                trailers = without_reserved(body.trailers, self.facts.attachment.reserved_header)
+                self.exchange.to_server(http1.encode_headers(trailers))
         if body.done:
+            if self._streaming is not None:
+                self._streaming.body_whole = True
             self._body = self._streaming = None
             self._discarding = False
-        return take
+        return end
 
     def _request(self, head: Head) -> None:
         exchange, context = self.exchange, self.exchange.context
-        if len(exchange.pending) >= MAX_PIPELINED:
-            raise LimitExceeded("too many pipelined requests", limit="pipelined", value=MAX_PIPELINED)
         hosts = head.get_all(b"host")
         if len(hosts) > 1 or (head.version == "1.1" and not hosts):
             raise ProtocolError("an HTTP/1.1 request has exactly one Host")
         body = http1.framing(head, request=True)
-        self._remove_reserved(head)
+        clean(head, self.facts.attachment.reserved_header)
         operation = _operation(head, hosts[0] if hosts else None)
         if self.refused is not None:
             rule, reason = self.refused
@@ -161,85 +201,93 @@ class Requests:
                 operation, None, identity_verdict_part(reason, context.engine.revision)
             )
             exchange.answer_ourselves(
-                head.method, record_id, 403, denial_message(rule, reason), rule, close=True
-            )
-            exchange.close(
-                CloseReason.IDENTITY_REQUIRED if rule == IDENTITY_RULE else CloseReason.DENIED, reason
+                head.method,
+                record_id,
+                403,
+                denial_message(rule, reason),
+                rule,
+                close=CloseReason.IDENTITY_REQUIRED if rule == IDENTITY_RULE else CloseReason.DENIED,
+                close_detail=reason,
             )
             return
-        wants_json = (
-            context.engine.wants_request_json and b"json" in (head.get(b"content-type") or b"").lower()
-        )
         verdict = context.engine.evaluate(operation, self.facts)
-        if (wants_json or verdict.action is Action.HOLD) and not body.done:
-            if (head.get(b"expect") or b"").lower() == b"100-continue":
-                exchange.to_client(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if (context.engine.wants_request_json or verdict.action is Action.HOLD) and not body.done:
+            if b"100-continue" in head.words(b"expect"):
+                exchange.send_continue()
                 head.without(b"expect")
-            self._awaited = _Awaited(head, body, operation, bytearray())
+            self._awaited = _Awaited(head, body, operation, bytearray(), bytearray())
             return
         if context.engine.wants_request_json:
             operation = replace(operation, body_json=None, body_known=True)
             verdict = context.engine.evaluate(operation, self.facts)
         self._judged(head, body, operation, verdict, b"")
 
-    def _remove_reserved(self, head: Head) -> None:
-        """A client's own header of the name that only we may set, also in spellings that servers fold into it (CGI: - to _)."""
-        reserved = (self.facts.attachment.reserved_header or "").lower().replace("_", "-")
-        if reserved:
-            head.headers = [
-                (key, value)
-                for key, value in head.headers
-                if key.decode("latin-1").lower().replace("_", "-") != reserved
-            ]
-
-    def _await_body(self, awaited: _Awaited, view: memoryview) -> int:
+    def _await_body(self, awaited: _Awaited, data: bytes, offset: int) -> int:
         exchange, context = self.exchange, self.exchange.context
         head, operation, collected = awaited.head, awaited.operation, awaited.collected
-        take = awaited.body.feed(view, collected)
+        end = awaited.body.feed(data, offset)
+        for part in awaited.body.payload:
+            collected += part
+        awaited.raw += awaited.body.relay
         limit = context.limits.held_max_bytes
         if len(collected) > limit:
             self._awaited = None
-            record_id = exchange.write_request(
-                operation, None, verdict_part(context.engine.evaluate(operation, self.facts))
-            )
-            why = denial_message("limit", f"a rule needs the whole body, and it is over {limit} bytes")
-            exchange.answer_ourselves(head.method, record_id, 403, why, "limit", close=True)
-            exchange.close(CloseReason.LIMIT, "a body over the limit that a rule needs whole")
-            return take
-        if awaited.body.done:
-            self._awaited = None
-            try:
-                parsed = orjson.loads(bytes(collected)) if context.engine.wants_request_json else None
-            except orjson.JSONDecodeError:
-                parsed = None
-            operation = replace(operation, body_json=parsed, body_known=True)
             verdict = context.engine.evaluate(operation, self.facts)
-            head.without(b"transfer-encoding", b"content-length")
-            head.headers.append((b"Content-Length", str(len(collected)).encode()))
-            self._judged(head, Body("none", done=True), operation, verdict, bytes(collected))
-        return take
+            if verdict.action not in (Action.DENY, Action.HOLD):  # they fire on what is unknown
+                self._stream_late(awaited, operation, verdict, bytes(collected))
+                return end
+            record_id = exchange.write_request(operation, None, verdict_part(verdict))
+            rule = verdict.rule or "default"
+            why = denial_message(rule, f"the rule needs the whole body, and it is over {limit} bytes")
+            exchange.answer_ourselves(
+                head.method, record_id, 403, why, rule,
+                close=CloseReason.LIMIT, close_detail="a body over the limit that a rule needs whole",
+            )  # fmt: skip
+        elif awaited.body.done:
+            self._awaited = None
+            whole = bytes(collected)
+            known, parsed = request_json(head, whole)
+            operation = replace(operation, body_json=parsed, body_known=known)
+            verdict = context.engine.evaluate(operation, self.facts)
+            head.without(b"transfer-encoding", b"content-length", b"trailer")
+            head.headers.append((b"Content-Length", str(len(whole)).encode()))
+            self._judged(head, Body("none", done=True), operation, verdict, whole)
+        return end
+
+    def _stream_late(
+        self, awaited: _Awaited, operation: HttpOperation, verdict: Verdict, data: bytes
+    ) -> None:
+        """The body is too long to look at, and no rule minds: what was read of it goes on, and the rest as it comes."""
+        record_id = self.exchange.write_request(operation, None, verdict_part(verdict))
+        pending = self._forward(awaited.head, verdict, record_id, bytes(awaited.raw))
+        pending.body.note(data, self.exchange.context.limits.record_body_max_bytes)
+        if not awaited.body.done:
+            self._body, self._streaming = awaited.body, pending
+        elif awaited.body.kind == "chunked":
+            trailers = without_reserved(awaited.body.trailers, self.facts.attachment.reserved_header)
+            self.exchange.to_server(http1.encode_headers(trailers))
 
     def _judged(
         self, head: Head, body: Body, operation: HttpOperation, verdict: Verdict, whole: bytes
     ) -> None:
         exchange = self.exchange
-        record_id = exchange.write_request(operation, whole or None, verdict_part(verdict))
+        record_id = exchange.write_request(operation, whole or None, verdict_part(verdict), verdict)
         if verdict.action is Action.DENY:
             rule = verdict.rule or "default"
-            expects = (head.get(b"expect") or b"").lower() == b"100-continue" and not body.done
-            close = not head.keep_alive or expects
+            expects = b"100-continue" in head.words(b"expect") and not body.done
             exchange.answer_ourselves(
-                head.method, record_id, 403, denial_message(rule, verdict.reason), rule, close=close
-            )
+                head.method, record_id, 403, denial_message(rule, verdict.reason), rule,
+                close=CloseReason.DENIED if expects or not head.keep_alive else None,
+            )  # fmt: skip
             if not body.done:
                 self._body, self._discarding, self._discarded = body, True, 0
-            return
-        if verdict.action is Action.HOLD and verdict.approve is not None:
-            self._hold(_Held(head, whole, operation, verdict, record_id, exchange.now_ns))
-            return
-        pending = self._forward(head, verdict, record_id, whole)
-        if not body.done:
-            self._body, self._streaming = body, pending
+        elif verdict.action is Action.HOLD and verdict.approve is not None:
+            self._held = HeldRequest(head, whole, operation, verdict, record_id, exchange.now_ns)
+            exchange.hold_id = open_hold(exchange, self._held)
+        else:
+            pending = self._forward(head, verdict, record_id, whole)
+            if not body.done:
+                self._body, self._streaming = body, pending
 
     def _forward(self, head: Head, verdict: Verdict, record_id: str, whole: bytes) -> Pending:
         exchange = self.exchange
@@ -247,7 +295,11 @@ class Requests:
         plan = verdict.masks
         pending.plan = plan if plan else None
         pending.verdict = verdict
-        pending.close = not head.keep_alive
+        pending.may_switch = head.method == "CONNECT" or head.get(b"upgrade") is not None
+        if not head.keep_alive:
+            pending.close = CloseReason.CLIENT_CLOSED
+            exchange.last_request = True
+        exchange.switching = pending.may_switch
         attachment = self.facts.attachment
         if attachment.http_header and attachment.http_token is not None:
             head.headers.append(
@@ -258,60 +310,10 @@ class Requests:
             head.headers.append((b"Accept-Encoding", b"identity"))
         exchange.pending.append(pending)
         exchange.to_server(head.encode() + whole)
-        if pending.close:
-            exchange.last_request = True
         return pending
 
-    # -- holds
-
-    def _hold(self, held: _Held) -> None:
-        exchange, context, verdict = self.exchange, self.exchange.context, held.verdict
-        assert verdict.approve is not None
-        hold_id = context.ids.new(exchange.now_ns)
-        self._held, exchange.hold_id = held, hold_id
-        digest = self._covered(held)
-        expires_ns = exchange.now_ns + int(verdict.approve.within_s * 1e9)
-        exchange.write(
-            Record(
-                id=context.ids.new(exchange.now_ns),
-                ts_ns=exchange.now_ns,
-                kind="hold",
-                flow=self.facts.flow,
-                request=held.record_id,
-                hold=HoldPart(id=hold_id, expires_ns=expires_ns, digest=digest, reason=verdict.reason),
-            )
-        )
-        host = held.operation.host or self.facts.target.host
-        exchange.out.append(
-            OpenHold(
-                hold_id=hold_id,
-                request_id=held.record_id,
-                rule=verdict.rule or "",
-                reason=verdict.reason,
-                terms=verdict.approve,
-                summary=f"{held.head.method} {host}{safe_target(held.operation)}",
-                parameters=None,
-                digest=digest,
-            )
-        )
-
-    def _covered(self, held: _Held) -> str:
-        """What an approval covers: the exact request, its target and its principal."""
-        principal = self.facts.principal
-        return hashlib.sha256(
-            msgspec.msgpack.encode(
-                [
-                    held.head.start,
-                    held.operation.host,
-                    held.operation.headers,
-                    held.body,
-                    str(self.facts.target.address),
-                    [principal.issuer, principal.subject] if principal else None,
-                ]
-            )
-        ).hexdigest()
-
     def decided(self, hold_id: str, outcome: str, by: str | None, reason: str) -> None:
+        """What somebody, or the clock, said of the request that is held. It is judged again by the policy in force."""
         exchange, held = self.exchange, self._held
         if held is None or exchange.hold_id != hold_id:
             return
@@ -323,33 +325,23 @@ class Requests:
         if outcome == "approved" and allowed:
             pending = self._forward(held.head, again, held.record_id, held.body)
             pending.held_ns = exchange.now_ns - held.since_ns
+        elif outcome == "approved":
+            self._refuse_held(held, again.rule or "default", again.reason)
         else:
-            why = (
-                f"{outcome}{f' by {by}' if by else ''}{f': {reason}' if reason else ''}"
-                if outcome != "approved"
-                else again.reason
-            )
-            rule = (held.verdict if outcome != "approved" else again).rule or "default"
-            exchange.answer_ourselves(
-                held.head.method,
-                held.record_id,
-                403,
-                denial_message(rule, why),
-                rule,
-                close=not held.head.keep_alive,
-            )
-        if self._paused:
-            self._paused = False
-            exchange.out.append(PauseReading(Side.CLIENT, False))
-        rest = bytes(self._buffer)
-        self._buffer.clear()
-        if rest and not exchange.closed:
-            self.receive(rest)
+            why = f"{outcome}{f' by {by}' if by else ''}{f': {reason}' if reason else ''}"
+            self._refuse_held(held, held.verdict.rule or "default", why)
+        self.resume()
+
+    def _refuse_held(self, held: HeldRequest, rule: str, why: str) -> None:
+        self.exchange.answer_ourselves(
+            held.head.method, held.record_id, 403, denial_message(rule, why), rule,
+            close=None if held.head.keep_alive else CloseReason.DENIED,
+        )  # fmt: skip
 
 
 def _operation(head: Head, host_header: bytes | None) -> HttpOperation:
     host, path, raw_path, query = http1.split_target(
-        head.target, host_header.decode("latin-1") if host_header is not None else None
+        head.method, head.target, host_header.decode("latin-1") if host_header is not None else None
     )
     return HttpOperation(
         method=head.method,

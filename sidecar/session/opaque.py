@@ -13,22 +13,18 @@ EARLY_MAX_BYTES = 1024 * 1024
 
 
 class OpaqueSession:
-    """Implements session.commands.Session. `gap` names why the bytes are not inspected, `opened` that the open record and
-    the upstream connection are there already (a session that detected this took them)."""
+    """Implements session.commands.Session. `gap` names why the bytes are not inspected."""
 
     def __init__(
         self,
         context: SessionContext,
         gap: GapReason | None = None,
         detail: str | None = None,
-        *,
-        opened: bool = False,
     ) -> None:
         self.context = context
         self._gap = gap
         self._detail = detail
-        self._opened = opened
-        self._connected = opened
+        self._connected = False
         self._early = bytearray()
         self._eof = {Side.CLIENT: False, Side.SERVER: False}
         self._bytes = {Side.CLIENT: 0, Side.SERVER: 0}
@@ -40,15 +36,13 @@ class OpaqueSession:
         denial = context.identity_denial()
         verdict = context.judge_connect("opaque")
         part = identity_verdict_part(denial, context.engine.revision) if denial else verdict_part(verdict)
-        if not self._opened:
-            out.append(WriteRecord(context.open_record("opaque", part, now_ns)))
+        out.append(WriteRecord(context.open_record("opaque", part, now_ns)))
         if denial is not None or verdict.action is Action.DENY:
             reason = CloseReason.IDENTITY_REQUIRED if denial else CloseReason.DENIED
             return out + self._close(reason, now_ns, denial or verdict.reason)
         if self._gap is not None:
             out.append(WriteRecord(context.gap_record(self._gap, now_ns, detail=self._detail)))
-        if not self._opened:
-            out.append(OpenUpstream())
+        out.append(OpenUpstream())
         return out
 
     def upstream_connected(self, now_ns: int) -> list[Command]:
