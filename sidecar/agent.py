@@ -27,6 +27,7 @@ from sidecar.attribution.resolver import Resolver
 from sidecar.audit.hostkey import HostKey
 from sidecar.audit.shipper import Shipper
 from sidecar.audit.spool import Spool, StreamHandle, StreamWriter
+from sidecar.audit.writer import segment_bytes
 from sidecar.config import Config
 from sidecar.control.protocol import RUN_DIRECTORY, DriftStatus, socket_path
 from sidecar.control.server import ControlServer
@@ -53,6 +54,10 @@ from sidecar.proxy.workers import WorkerHandle, WorkerPool
 log = logging.getLogger("sidecar")
 
 COMMIT_INTERVAL_S: Final = 0.05
+AUDIT_FAILING_S: Final = 2.0
+"""Four times `SPOOL_SAY_S` of a worker: what has not been said again for so long is over."""
+MAX_UNWRITTEN: Final = 10_000
+"""The supervisor's own records that wait in memory while the spool takes none."""
 POLICY_POLL_S: Final = 0.5
 MAX_DRIFTS_SHOWN: Final = 32
 MAX_WORKERS: Final = 4
@@ -95,7 +100,8 @@ class Agent:
         self.drift_count = 0
         self.refused = 0
         self.identity_counts = [0, 0]
-        self.audit_failing: dict[int, str] = {}
+        self.audit_failing: dict[int, tuple[str, float]] = {}
+        """By worker (-1: our own stream): what does not take its records, and when that was last said (monotonic)."""
         self.blocked_reason = ""
         self.collector: EmbeddedCollector | None = None
         self.collector_address: str | None = None
@@ -112,7 +118,9 @@ class Agent:
         self._listeners: Listeners | None = None
         self._writer: StreamWriter | None = None
         self._own_stream = ""
-        self._unwritten: deque[Record] = deque(maxlen=10_000)
+        self._unwritten: deque[Record] = deque()
+        self._lost = 0
+        self._rotating = False
         self._control: ControlServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._cgroup_made = False
@@ -142,7 +150,12 @@ class Agent:
         handle = await self._spool_call(self.spool.open_stream, "supervisor")
         self._own_stream = handle.stream
         self._writer = StreamWriter(
-            handle.fd, stream=handle.stream, host=self.host, head=handle.head, next_seq=handle.next_seq
+            handle.fd,
+            stream=handle.stream,
+            host=self.host,
+            head=handle.head,
+            next_seq=handle.next_seq,
+            segment_bytes=segment_bytes(config.audit.max_bytes),
         )
         self.record_agent("started", f"{self.mode}, policy {self.policy.policy.revision}")
         count = 1 if self.mode == "exec" else min(MAX_WORKERS, os.cpu_count() or 1)
@@ -328,8 +341,12 @@ class Agent:
     def _update_block(self) -> None:
         assert self.spool is not None
         assert self.pool is not None
+        self._write_waiting()
         state = self.spool.state()
-        failing = next(iter(self.audit_failing.values()), "")
+        if state.ok:  # the directory takes files again: who still fails says so again
+            then = time.monotonic() - AUDIT_FAILING_S
+            self.audit_failing = {n: said for n, said in self.audit_failing.items() if said[1] > then}
+        failing = next((detail for detail, _ in self.audit_failing.values()), "")
         reason = failing or ("" if state.ok else state.blocked_reason or "the spool is full")
         if reason != self.blocked_reason:
             self.blocked_reason = reason
@@ -338,10 +355,6 @@ class Agent:
             else:
                 log.info("audit goes on")
             self.pool.broadcast(link.Block("" if self.config.audit.on_full == "drop" else reason))
-        while self._unwritten and not failing:
-            record = self._unwritten.popleft()
-            if not self._append(record):
-                break
 
     async def _watch_policy(self) -> None:
         while True:
@@ -389,6 +402,7 @@ class Agent:
                 host=self.host,
                 sync_strict=audit.sync == "strict",
                 on_full_drop=audit.on_full == "drop",
+                segment_bytes=segment_bytes(audit.max_bytes),
                 request_max_bytes=audit.requests.max_bytes,
                 response_max_rows=audit.responses.max_rows,
                 response_max_bytes=audit.responses.max_bytes,
@@ -406,7 +420,7 @@ class Agent:
                 else await self._spool_call(self.spool.open_stream, f"worker-{worker.number}")
             )
         except (AuditError, OSError) as error:
-            self.audit_failing[worker.number] = str(error)
+            self._audit_fails(worker.number, str(error))
             log.error("no segment for worker %d: %s", worker.number, error)
             await asyncio.sleep(1.0)
             self._task(self._give_segment(worker, rotate))
@@ -414,7 +428,7 @@ class Agent:
         self.audit_failing.pop(worker.number, None)
         worker.stream = handle.stream
         worker.send(link.Segment(handle.stream, handle.head, handle.next_seq), (handle.fd,))
-        if self.blocked_reason:
+        if self.blocked_reason and self.config.audit.on_full == "block":
             worker.send(link.Block(self.blocked_reason))
 
     def _task(self, coroutine: Any) -> None:
@@ -448,7 +462,7 @@ class Agent:
                 if facts is not None and self.resolver is not None:
                     self.resolver.remember_tls(facts)
             case link.AuditFailed():
-                self.audit_failing[worker.number] = message.detail
+                self._audit_fails(worker.number, message.detail)
                 self._update_block()
             case link.AuditRecovered():
                 self.audit_failing.pop(worker.number, None)
@@ -582,7 +596,21 @@ class Agent:
     def append(self, record: Record) -> None:
         """To the supervisor's own stream; kept in memory, bounded, while the spool cannot take it."""
         if self._unwritten or not self._append(record):
-            self._unwritten.append(record)
+            if len(self._unwritten) < MAX_UNWRITTEN:
+                self._unwritten.append(record)
+            else:
+                self._lost += 1
+
+    def _write_waiting(self) -> None:
+        """Records that the spool could not take when they were made; what did not fit in memory either becomes a gap."""
+        while self._unwritten and self._append(self._unwritten[0]):
+            self._unwritten.popleft()
+        if self._lost and not self._unwritten:
+            lost, self._lost = self._lost, 0
+            self.record_gap(GapReason.SPOOL_DROPPED, f"{lost} records of the supervisor could not be kept")
+
+    def _audit_fails(self, number: int, detail: str) -> None:
+        self.audit_failing[number] = (detail, time.monotonic())
 
     def _append(self, record: Record) -> bool:
         if self._writer is None:
@@ -590,10 +618,23 @@ class Agent:
         try:
             self._writer.append(record)
         except AuditError as error:
-            self.audit_failing[-1] = str(error)
+            self._audit_fails(-1, str(error))
             return False
         self.audit_failing.pop(-1, None)
+        if self._writer.full and not self._rotating:
+            self._rotating = True
+            self._task(self._rotate_own())
         return True
+
+    async def _rotate_own(self) -> None:
+        assert self.spool is not None
+        assert self._writer is not None
+        try:
+            self._writer.switch((await self._spool_call(self.spool.rotate, self._own_stream)).fd)
+        except AuditError as error:  # the next record asks again
+            log.error("no segment for the supervisor's stream: %s", error)
+        finally:
+            self._rotating = False
 
     async def run_until_stopped(self) -> None:
         await self.stopping.wait()

@@ -78,6 +78,7 @@ class AgentControl:
             spool=SpoolStatus(
                 ok=not agent.blocked_reason,
                 blocked_reason=agent.blocked_reason or None,
+                dropping=agent.config.audit.on_full == "drop",
                 used_bytes=spool.used_bytes if spool else 0,
                 unshipped_bytes=spool.unshipped_bytes if spool else 0,
                 directory=str(config.audit.directory),

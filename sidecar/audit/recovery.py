@@ -109,6 +109,7 @@ def _recover_stream(directory: Path, key: hostkey.HostKey, name: str, lock: int)
             ended = bool(signed and signed[-1].end)
         assert stream is not None
         if not ended:  # else it died between the signature of the end and the removal of the lock
+            _leave_signed(stream)
             stream.advance()
             cut += _cut_unsigned(stream)
             note = f"; torn_tail of {cut} bytes cut off" if cut else ""
@@ -173,6 +174,16 @@ def _skip_signed(stream: OpenStream, segment: Segment, signed: list[Header]) -> 
         segment.offset = after
     if stream.seq != last.last + 1 or stream.head != last.head:
         raise AuditError(f"record {stream.seq} is missing or altered, although it was signed")
+
+
+def _leave_signed(stream: OpenStream) -> None:
+    """`advance` goes on to the next segment once that holds anything unsigned; these had been left before the crash."""
+    while len(stream.segments) > 1:
+        segment = stream.segments[0]
+        if os.fstat(segment.reader).st_size > segment.offset:
+            return
+        segment.close()
+        stream.segments.pop(0)
 
 
 def _cut_unsigned(stream: OpenStream) -> int:

@@ -42,6 +42,8 @@ COLLECTOR_KEY: Final = "collector.pub"
 class Usage:
     used_bytes: int
     unshipped_bytes: int
+    streams: int = 0
+    """That have segments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +137,14 @@ class Retention:
             said = self.receipted(name)
             stream = own.get(name)
             if stream is not None:
-                unshipped += stream.unshipped_bytes(said.last if said else -1)
+                sizes = {segment_number(path): size for path, size in segments}
+                unshipped += stream.unshipped_bytes(said.last if said else -1, sizes)
                 continue
             for path, size in segments:
                 header = self._signed(path) if said is not None else None
                 if said is None or header is None or header.last > said.last:
                     unshipped += size
-        return Usage(used, unshipped)
+        return Usage(used, unshipped, len(seen))
 
     def _signed(self, path: Path) -> Header | None:
         """Last header of a segment that is written no more (or was last looked at; then it only counts as unshipped longer)."""
@@ -184,7 +187,10 @@ class Retention:
         Raises AuditError or OSError where the ledger cannot be written; nothing is removed then."""
         over = usage.used_bytes - int(self._max_bytes * LOW_WATER)
         crowded = usage.used_bytes > self._max_bytes * HIGH_WATER
+        dropping = drop and usage.unshipped_bytes >= self._max_bytes
         freed: list[Freed] = []
+        if not (crowded or dropping or usage.streams > MAX_SHIPPED_STREAMS):
+            return freed
         pieces = self._pieces(own)
         kept = {piece.stream for piece in pieces if piece.last and piece.shipped}
         spare = len(kept) - MAX_SHIPPED_STREAMS
@@ -197,7 +203,7 @@ class Retention:
             over -= self._remove(piece, lost=False)
             spare -= piece.last
         unshipped = usage.unshipped_bytes
-        if drop and unshipped >= self._max_bytes:
+        if dropping:
             for piece in pieces:
                 if unshipped <= self._max_bytes * LOW_WATER:
                     break

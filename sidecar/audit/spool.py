@@ -20,7 +20,7 @@ from sidecar.audit.recovery import recover
 from sidecar.audit.retention import Retention, Usage, remove_leftovers
 from sidecar.audit.segment import lock_path, open_lock, stream_names
 from sidecar.audit.stream import OpenStream
-from sidecar.audit.writer import SEGMENT_BYTES, StreamWriter
+from sidecar.audit.writer import SEGMENT_BYTES, StreamWriter, segment_bytes
 from sidecar.errors import AuditError
 from sidecar.model.ids import IdSource
 from sidecar.model.reasons import GapReason
@@ -281,8 +281,11 @@ class Spool:
                     host=self.host,
                     head=handle.head,
                     next_seq=handle.next_seq,
+                    segment_bytes=segment_bytes(self._max_bytes),
                 )
             self._gap_writer.append_many(self._gaps)
+            if self._gap_writer.full:
+                self._gap_writer.switch(self.rotate(self._gap_writer.stream).fd)
         except AuditError as error:
             log.error("audit: a gap waits to be recorded: %s", error)
             return

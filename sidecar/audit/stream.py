@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -120,9 +121,7 @@ class OpenStream:
         """Bring what was written up to now to disk, verify and sign it; what is written meanwhile is the next call's, so that
         commits stay groups. Raises OSError or AuditError where the disk does not take it; sets `broken` where the chain does not
         hold."""
-        upto = os.fstat(self.segments[0].reader).st_size
-        if upto > self.segments[0].offset:
-            os.fdatasync(self.segments[0].reader)
+        upto = self._synced()
         while not self.broken:
             segment = self.segments[0]
             if upto > segment.offset and self._sign_next(segment):
@@ -132,12 +131,20 @@ class OpenStream:
             following = self.segments[1]
             if os.fstat(following.reader).st_size <= following.offset:
                 return
-            if self._sign_next(
-                segment
-            ):  # written between the look at its size and the writer's change to the next
+            upto = self._synced()  # written between the look at its size and the writer's change to the next
+            if upto > segment.offset and self._sign_next(segment):
                 continue
             segment.close()
             self.segments.pop(0)
+            upto = self._synced()
+
+    def _synced(self) -> int:
+        """The size of the first segment, all of which is on disk."""
+        segment = self.segments[0]
+        size = os.fstat(segment.reader).st_size
+        if size > segment.offset:
+            os.fdatasync(segment.reader)
+        return size
 
     def _sign_next(self, segment: Segment) -> bool:
         """Verify and sign the next whole frames. False where there are none."""
@@ -197,17 +204,13 @@ class OpenStream:
             segment.close()
         os.close(self.lock)
 
-    def unshipped_bytes(self, receipted: int) -> int:
-        """Bytes of records after sequence `receipted`, in segments that this supervisor wrote."""
+    def unshipped_bytes(self, receipted: int, sizes: Mapping[int, int]) -> int:
+        """Bytes after record `receipted`; `sizes` are those of the stream's segments on disk, by their number."""
         position = bisect.bisect_right(self._marks, receipted + 1, key=lambda mark: mark.seq)
         mark = self._marks[position - 1] if position else Mark(0, -1, 0)
-        total = 0
-        for segment in self.segments:
-            if segment.number > mark.segment:
-                total += segment.offset
-            elif segment.number == mark.segment:
-                total += segment.offset - mark.offset
-        return total
+        return sum(size for number, size in sizes.items() if number > mark.segment) + max(
+            sizes.get(mark.segment, 0) - mark.offset, 0
+        )
 
 
 def sync_directory(directory: Path) -> None:

@@ -62,6 +62,8 @@ class StreamReport:
     """Records that are with the collector only."""
     end: str = ""
     live: bool = False
+    crashed: bool = False
+    """Its instance is gone and the next start has not ended it yet."""
     unsigned: int = 0
     """Written after the last signature: a live stream's newest ones, or a crash's."""
 
@@ -225,6 +227,7 @@ def _verify_stream(
     report.streams.append(found)
     try:
         found.live = is_live(directory, name)
+        found.crashed = not found.live and lock_path(directory, name).exists()
         said = _said(receipt_path(directory, name), name, collector, RECEIPT)
         refused = _said(refusal_path(directory, name), name, collector, REFUSAL)
         removed = ledger.kept_from.get(name)
@@ -240,7 +243,7 @@ def _verify_stream(
                 f"stream {name} has no records and is not in the ledger: its opening was cut short"
             )
         if not found.end and not found.live:
-            if not lock_path(directory, name).exists():
+            if not found.crashed:
                 raise _Bad("cut: the stream has no signed end, and no instance is writing it", found.records)
             report.notes.append(
                 f"stream {name} has no end and its instance is gone: after a crash the next start ends it"
@@ -287,7 +290,7 @@ def _headers(
             data = signature_path(path).read_bytes()
         except FileNotFoundError as error:
             raise _Bad(f"{signature_path(path).name} is missing", expected) from error
-        for encoded, signature in whole_entries(data, torn_tail=found.live):
+        for encoded, signature in whole_entries(data, torn_tail=found.live or found.crashed):
             if not hostkey.verify(public, signature, encoded):
                 raise _Bad(f"{signature_path(path).name}: a signature does not hold", expected)
             header = Header.decode(encoded)
@@ -355,7 +358,10 @@ def _records(
         found.label = header.label
         head = head if head is not None else start_of(header)
         for after, digest, record in frames(data, offset):
-            head = chain.link(head, record)
+            following = chain.link(head, record)
+            if following != digest and found.crashed and seq >= found.signed:
+                break  # it was on its way to the disk
+            head = following
             if head != digest:
                 raise _Bad("altered: it does not follow the chain", seq, _identity(record))
             if heads.get(seq, head) != head:
@@ -369,7 +375,7 @@ def _records(
                 data,
                 offset,
                 seq,
-                live_or_crashed=lock_path(directory, name).exists() and seq >= found.signed,
+                live_or_crashed=(found.live or found.crashed) and seq >= found.signed,
             )
             report.notes.append(
                 f"{path.name}: {len(data) - offset} bytes of a record that was never complete"

@@ -36,6 +36,9 @@ else:
 
 SEGMENT_BYTES: Final = 64 * 1024 * 1024
 """From this size on the writer asks for another segment (`full`)."""
+MIN_SEGMENT_BYTES: Final = 256 * 1024
+SEGMENT_SHARE: Final = 16
+"""Segments are smaller where `audit.max_bytes` is: only whole ones can be let go."""
 
 MAX_DONE_IDS: Final = 100_000
 """Records that went into the file with a short write and were not yet appended again by their caller."""
@@ -43,6 +46,11 @@ MAX_DONE_IDS: Final = 100_000
 _sha256 = hashlib.sha256
 _pack = FRAME.pack
 _write = os.write
+
+
+def segment_bytes(max_bytes: int) -> int:
+    """The size of segments in a spool of `max_bytes`."""
+    return max(MIN_SEGMENT_BYTES, min(SEGMENT_BYTES, max_bytes // SEGMENT_SHARE))
 
 
 def place_of(host: str, stream: str) -> bytes:
@@ -53,17 +61,27 @@ def place_of(host: str, stream: str) -> bytes:
 class StreamWriter(Tail):
     """A worker's end of its stream: one O_APPEND descriptor. Not thread-safe."""
 
-    def __init__(self, fd: int, *, stream: str, host: str, head: bytes, next_seq: int) -> None:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        stream: str,
+        host: str,
+        head: bytes,
+        next_seq: int,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
         self.place_bytes = place_of(host, stream)
         super().__init__(fd, head, next_seq, os.fstat(fd).st_size, self.place_bytes)
         self.stream = stream
         self.host = host
+        self.segment_bytes = segment_bytes
         self._rest = b""
         self._done: set[str] = set()
 
     @property
     def full(self) -> bool:
-        return self.written >= SEGMENT_BYTES
+        return self.written >= self.segment_bytes
 
     def append(self, record: Record | EncodedRecord) -> None:
         """Raises AuditError where the file cannot take it; call again later with the same record."""
@@ -97,8 +115,16 @@ class StreamWriter(Tail):
             self._cut(bytes(parts[written:]), [record.id for record in records])
             raise AuditError("the spool took only a part of a record; the rest follows when there is room")
 
+    def abandon(self, records: Sequence[Record | EncodedRecord]) -> int:
+        """The caller will not append these again after a failure. Returns how many of them are lost: not counted are those of
+        which the file took a part, whose rest follows."""
+        lost = sum(record.id not in self._done for record in records)
+        self._done.difference_update(record.id for record in records)
+        return lost
+
     def switch(self, fd: int) -> int:
-        """Go on in a new segment; returns the old descriptor, for the caller to close."""
+        """Go on in a new segment; returns the old descriptor, for the caller to close. Raises AuditError while the old one does
+        not take the rest of a record; nothing has changed then."""
         if not self.clean:
             self._finish_rest()
         old, self.fd = self.fd, fd

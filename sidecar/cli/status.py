@@ -49,7 +49,12 @@ def complaints(status: Status) -> list[str]:
         found.append("no worker runs")
     if not status.spool.ok:
         found.append(
-            "new requests are blocked: " + (status.spool.blocked_reason or "the audit spool is not writable")
+            (
+                "records are lost (audit.on_full: drop): "
+                if status.spool.dropping
+                else "new requests are blocked: "
+            )
+            + (status.spool.blocked_reason or "the audit spool is not writable")
         )
     if status.policy.error:
         found.append(

@@ -64,6 +64,8 @@ class WorkerStatus:
 class SpoolStatus:
     ok: bool = True
     blocked_reason: str | None = None
+    dropping: bool = False
+    """`audit.on_full: drop`: what blocks holds no request up, records are lost and counted."""
     used_bytes: int = 0
     unshipped_bytes: int = 0
     directory: str = ""

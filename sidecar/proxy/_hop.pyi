@@ -8,6 +8,7 @@ from sidecar.session.postgres_lane import Lane
 
 class Gate:
     open: bool
+    full: int
     writer: StreamWriter | None
     waiting: list[EncodedRecord]
     def __init__(

@@ -36,7 +36,8 @@ else:
         """There is no short way that could pass it."""
 
         def __init__(self, full: int, soon: object, failed: object) -> None:
-            del full, soon, failed
+            del soon, failed
+            self.full = full
             self.open = False
             self.waiting: list[EncodedRecord] = []
 

@@ -30,6 +30,8 @@ FLUSH_S: Final = 30.0
 """How long a closed flow may take to flush what is queued; then it is cut."""
 
 SPOOL_RETRY_S: Final = 0.25
+SPOOL_SAY_S: Final = 0.5
+"""How often a worker says that the spool takes none of its records."""
 """How often a blocked flow tries to append its record again."""
 
 BEAT_INTERVAL_S: Final = 0.5

@@ -127,6 +127,7 @@ class Configure(Message, frozen=True):
     host: str
     sync_strict: bool
     on_full_drop: bool
+    segment_bytes: int
     request_max_bytes: int
     response_max_rows: int
     response_max_bytes: int

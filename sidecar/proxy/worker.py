@@ -93,6 +93,7 @@ class Worker:
         self.stopped: asyncio.Future[int] = self.loop.create_future()
         self._next_id = 0
         self._failing = False
+        self._failed_at = 0.0
         self._asked_for_segment = False
         self._draining = False
         self._tls: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
@@ -117,6 +118,7 @@ class Worker:
                     response_max_bytes=message.response_max_bytes,
                 )
                 self.host = message.host
+                self.gate.full = message.segment_bytes
                 self._set_gate()
             case link.PolicyText():
                 self._take_policy(message)
@@ -174,20 +176,32 @@ class Worker:
             flow.engine_changed()
 
     def _take_segment(self, message: link.Segment, descriptors: list[int]) -> None:
-        self._asked_for_segment = False
         if self.writer is not None and self.writer.stream == message.stream:
-            os.close(self.writer.switch(descriptors[0]))
+            self._switch(self.writer, descriptors[0])
             return
+        self._asked_for_segment = False
         self.writer = StreamWriter(
             descriptors[0],
             stream=message.stream,
             host=self.host,
             head=message.head,
             next_seq=message.next_seq,
+            segment_bytes=self.gate.full,
         )
         self._set_gate()
         if not self.servers:
             self.loop.create_task(self._listen())
+
+    def _switch(self, writer: StreamWriter, fd: int) -> None:
+        """Go on in a new segment, once the one before has the rest of what it took only a part of."""
+        try:
+            old = writer.switch(fd)
+        except AuditError as error:
+            self.append_failed(str(error))
+            self.loop.call_later(limits.SPOOL_RETRY_S, self._switch, writer, fd)
+            return
+        os.close(old)
+        self._asked_for_segment = False
 
     async def _listen(self) -> None:
         for sock in self.listeners:
@@ -297,13 +311,16 @@ class Worker:
             raise AuditError("no segment is open")
         waiting = self.gate.take()
         records = [*waiting, *records]
+        told = [self._drop_record()] if self._dropped else []
         try:
-            writer.append_many([self._drop_record(), *records] if self._dropped else records)
+            writer.append_many([*told, *records])
         except AuditError as error:
             if not self.on_full_drop:
                 self.gate.waiting[:0] = waiting
                 raise
-            self._dropped += len(records)
+            if told and not writer.abandon(told):
+                self._dropped = 0  # the file took a part of it, and its rest follows
+            self._dropped += writer.abandon(records)
             self.append_failed(str(error))
             return
         if self._failing:
@@ -343,8 +360,10 @@ class Worker:
         )
 
     def append_failed(self, detail: str) -> None:
-        if not self._failing:
-            self._failing = True
+        """Say so now, and again from time to time while it lasts."""
+        now = self.loop.time()
+        if not self._failing or now > self._failed_at + limits.SPOOL_SAY_S:
+            self._failing, self._failed_at = True, now
             self._set_gate()
             self.link.send(link.AuditFailed(detail))
 

@@ -63,6 +63,20 @@ def test_rotation_keeps_one_chain(spool: Spool) -> None:
     assert verify(spool.directory).ok
 
 
+def test_what_was_written_after_a_rotation_is_signed_with_the_end(spool: Spool) -> None:
+    """More in the second segment than the first one had, and no commit between."""
+    handle = spool.open_stream("w")
+    writer = writer_of(handle)
+    writer.append(record(0))
+    writer.switch(spool.rotate(handle.stream).fd)
+    for number in range(1, 50):
+        writer.append(record(number))
+    spool.close_stream(handle.stream, "done")
+    assert [row["seq"] for row in read.records(spool.directory)] == list(range(50))
+    (stream,) = verify(spool.directory).streams
+    assert (stream.signed, stream.end) == (50, "done")
+
+
 def crash(spool: Spool) -> None:
     """What SIGKILL leaves: descriptors and locks gone, nothing signed at the end."""
     for stream in spool._streams.values():
