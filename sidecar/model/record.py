@@ -141,14 +141,11 @@ class Record(msgspec.Struct, omit_defaults=True, gc=False, kw_only=True):
     via: str | None = None
 
 
-class EncodedRecord:
+class EncodedRecord(msgspec.Struct, gc=False):
     """A record that its maker has encoded already, but for what the stream writer fills in: `front` is the map's head, `v`, `id` and
     `ts_ns`; `rest` begins with `kind`. `host`, `stream` and `seq` go between."""
 
-    __slots__ = ("front", "id", "kind", "rest")
-
-    def __init__(self, kind: str, id: str, front: bytes, rest: bytes) -> None:
-        self.kind = kind
-        self.id = id
-        self.front = front
-        self.rest = rest
+    kind: str
+    id: str
+    front: bytes
+    rest: bytes

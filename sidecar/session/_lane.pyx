@@ -25,6 +25,7 @@ cdef enum:
     OUT_MAX = 65536
     ID_SIZE = 36
     ROWS_MAX = 1024
+    TEXTS_MAX = 512
     FIXED = 256  # of a record: what is neither a piece nor a value
 
 CHUNK_MAX_BYTES = CHUNK_MAX
@@ -124,6 +125,7 @@ cdef class Lane:
     cdef public Known confirmed
     cdef public Cycle executed
     cdef dict names
+    cdef dict texts
     cdef bint parsed
     cdef Py_ssize_t max_rows
     cdef Py_ssize_t max_bytes
@@ -134,6 +136,7 @@ cdef class Lane:
         self.max_bytes = max_bytes
         self.cycles = deque()
         self.names = {}
+        self.texts = {}
         self.status = b"I"
 
     def arm(self, bytes status):
@@ -144,6 +147,35 @@ cdef class Lane:
         self.confirmed = None
         self.executed = None
         self.names.clear()
+        self.texts.clear()
+
+    cdef Known _query(self, bytes raw):
+        """What the session says of a text holds for all of its shape, but for strings, in which there may be secrets."""
+        cdef Known known
+        cdef bytes key = None
+        if memchr(PyBytes_AS_STRING(raw), 0x27, PyBytes_GET_SIZE(raw)) == NULL:
+            key = shape(raw)
+            if key is not None:
+                known = self.texts.get(key)
+                if known is not None:
+                    return known
+        known = self.owner.known_query(raw)
+        if known is not None and key is not None and self.owner.known_shape(raw):
+            if len(self.texts) >= TEXTS_MAX:
+                self.texts.clear()
+            self.texts[key] = known
+        return known
+
+    cdef Known _parse(self, bytes raw):
+        cdef tuple key = (raw,)
+        cdef Known known = self.texts.get(key)
+        if known is None:
+            known = self.owner.known_parse(raw)
+            if known is not None:
+                if len(self.texts) >= TEXTS_MAX:
+                    self.texts.clear()
+                self.texts[key] = known
+        return known
 
     def client(self, bytes data not None, now_ns):
         """The record of a chunk that is exactly one statement; once it is written, the chunk may be sent."""
@@ -160,7 +192,7 @@ cdef class Lane:
         if at[0] == 0x51:  # Query
             if 1 + <Py_ssize_t>_uint32(at + 1) != size or at[size - 1] != 0:
                 return None
-            known = self.owner.known_query(data[5 : size - 1])
+            known = self._query(data[5 : size - 1])
             if known is None:
                 return None
         else:
@@ -171,7 +203,7 @@ cdef class Lane:
                 stop = _find_nul(at, 6, begin)
                 if stop < 0:
                     return None
-                known = self.owner.known_parse(data[6:stop])
+                known = self._parse(data[6:stop])
                 if known is None:
                     return None
                 parsed = True

@@ -60,6 +60,10 @@ class Cycles(Results):
         decision = self.judge.alike(raw)
         return self._known_by(decision, raw, True) if decision is not None else None
 
+    def known_shape(self, raw: bytes) -> bool:
+        """Whether all texts of its shape are decided alike."""
+        return self.judge.shares(raw)
+
     def known_parse(self, raw: bytes) -> Known | None:
         return self._known_by(self.judge.decide(raw), raw, False)
 

@@ -153,6 +153,11 @@ class Judge:
                     return None
         return found
 
+    def shares(self, raw: bytes) -> bool:
+        """Whether `alike` has an answer for every text of this shape that holds no strings."""
+        key = shape(raw) if COMPILED else None
+        return key is not None and key in self._shapes
+
     def opaque(self) -> Decision:
         """On a statement whose text nobody saw: selectors of the text are unknown."""
         found = self.decide(_OPAQUE_TEXT)
