@@ -40,6 +40,10 @@ JITTER: Final = (0.7, 1.3)
 REFUSED_S: Final = 60.0
 """How long a refused stream rests."""
 MAX_ANSWER_BYTES: Final = 65_536
+ANSWER_S: Final = 20.0
+"""For all of an answer; TIMEOUT_S is for each part of it."""
+STOP_S: Final = 1.0
+"""What is on its way when the flush is over is left; it has no receipt and is sent again."""
 FLUSH_ATTEMPTS: Final = 3
 
 
@@ -109,7 +113,7 @@ class Shipper:
         self._drain.set()
         await asyncio.to_thread(self._thread.join, flush_s)
         self._stop.set()
-        await asyncio.to_thread(self._thread.join, TIMEOUT_S + 1)
+        await asyncio.to_thread(self._thread.join, STOP_S)
 
     # -- the thread
 
@@ -234,16 +238,19 @@ class Shipper:
 
     def _post(self, name: str, batch: Batch) -> dict[str, Any]:
         """The collector's answer to a batch it took. Raises _Refused, AuditError or httpx.HTTPError."""
-        headers = {"content-type": "application/msgpack"}
+        headers = {"content-type": "application/msgpack", "accept-encoding": "identity"}
         if self._token is not None:
             headers["authorization"] = f"Bearer {self._token.reveal()}"
         url = f"{self._url}/v1/batches"
         body = bytearray()
+        until = time.monotonic() + ANSWER_S
         with self._client.stream("POST", url, content=batch.encode(), headers=headers) as response:
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > MAX_ANSWER_BYTES:
                     raise AuditError("the collector's answer is too large")
+                if time.monotonic() > until:
+                    raise AuditError("the collector's answer takes too long")
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):

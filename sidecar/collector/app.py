@@ -29,6 +29,8 @@ from sidecar.model.secret import Secret
 GRACE_S: Final = 5
 """For requests under way when the collector is told to stop."""
 BACKLOG: Final = 128
+MAX_CONNECTIONS: Final = 256
+"""At once; beyond, 503. With MAX_BODY_BYTES of ingest it bounds what requests can take up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ def serve(
         )
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11",
-            timeout_graceful_shutdown=GRACE_S,
+            timeout_graceful_shutdown=GRACE_S, limit_concurrency=MAX_CONNECTIONS,
             ssl_certfile=certificate.chain if certificate else None,
             ssl_keyfile=certificate.key if certificate else None,
         )  # fmt: skip

@@ -19,6 +19,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sidecar.errors import ConfigurationError
+
 TOKEN_FILE: Final = "page.token"
 COOKIE: Final = "sidecar_page"
 SESSION_S: Final = 12 * 3600
@@ -37,11 +39,16 @@ HEADERS: Final = {
 
 
 def page_token(directory: Path) -> str:
-    """Read the page's token, or make it (0600)."""
+    """Read the page's token, or make it (0600). Raises ConfigurationError where others can read it."""
     path = directory / TOKEN_FILE
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
+        if path.stat().st_mode & 0o077:
+            raise ConfigurationError(
+                f"the page's token {path} can be read by others",
+                hint=f"rm {path}: the next start makes another",
+            ) from None
         found = path.read_text(encoding="ascii").strip()
         if found:
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import time
 from typing import Final
 
@@ -12,9 +13,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from sidecar.audit.batch import MAX_BATCH_BYTES, Batch
-from sidecar.collector.store import Refusal, Store
+from sidecar.collector.store import Accepted, Refusal, Store, Unavailable
 from sidecar.errors import AuditError
 from sidecar.model.secret import Secret
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 2 * MAX_BATCH_BYTES
 
@@ -46,13 +49,18 @@ class Ingest:
         except ClientDisconnect:
             return PlainTextResponse("the batch ended early\n", 400)
         try:
-            batch = Batch.decode(bytes(body))
-            accepted = await run_in_threadpool(self._store.ingest, batch, time.time_ns())
+            accepted = await run_in_threadpool(self._take, body)
         except Refusal as refused:
             return json_response(self._store.refusal(refused, time.time_ns()), 409)
+        except Unavailable as error:
+            log.error("%s", error)
+            return PlainTextResponse(error.message + "\n", 503)
         except AuditError as error:
             return PlainTextResponse(error.message + "\n", 400)
         return json_response(self._store.receipt(accepted, time.time_ns()))
+
+    def _take(self, body: bytearray) -> Accepted:
+        return self._store.ingest(Batch.decode(bytes(body)), time.time_ns())
 
 
 def json_response(value: object, status: int = 200) -> Response:

@@ -47,6 +47,10 @@ class Refusal(AuditError):
         self.head = head
 
 
+class Unavailable(AuditError):
+    """The store cannot take anything at the moment: a full disk, for instance. The batch may be sent again."""
+
+
 class Store:
     """Thread-safe: one connection behind a lock. Raises AuditError for what must not be stored."""
 
@@ -79,16 +83,18 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite ends it itself where the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     # -- ingest
 
     def ingest(self, batch: Batch, now_ns: int) -> Accepted:
         """Verify against what is known of the host and stream, then store; on disk when it returns. Idempotent, also where
-        the batch's bounds differ from those of the first time. Raises Refusal, or AuditError for what is not genuine."""
+        the batch's bounds differ from those of the first time. Raises Refusal, Unavailable, or AuditError for what is not
+        genuine."""
         if len(batch.records) > MAX_RECORDS:
             raise AuditError(f"a batch holds at most {MAX_RECORDS} records")
         header = batch.check()
@@ -96,8 +102,10 @@ class Store:
             with self._transaction() as db:
                 self._pin(db, batch, header, now_ns)
                 return self._ingest(db, batch, header)
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.DataError, OverflowError) as error:
             raise AuditError(f"the batch cannot be stored: {error}") from error
+        except sqlite3.Error as error:
+            raise Unavailable(f"the store takes nothing: {error}") from error
 
     @staticmethod
     def _pin(db: sqlite3.Connection, batch: Batch, header: Header, now_ns: int) -> None:
