@@ -53,6 +53,8 @@ REJECTED_TEXT: Final = b"sidecar: refused before it was sent"
 INJECTED: Final = b"_sidecar"
 REJECTED_PARSE: Final = messages.parse(INJECTED + b"_refused", REJECTED_TEXT)
 REJECTED_QUERY: Final = messages.query(REJECTED_TEXT)
+UNPARSED: Final = INJECTED + b"_unparsed"
+CLOSE_UNPARSED: Final = messages.message(b"C", b"S" + UNPARSED + b"\0")
 PREPARED_MAX: Final = 65_536
 """Names of statements, and of portals, that one connection may have at once."""
 
@@ -430,8 +432,7 @@ class PostgresSession(Cycles):
         self._flush(offset)
         self._from = after
         if decision.denial is not None:
-            position = decision.verdict.syntax.position if decision.verdict.syntax else 0
-            self._refuse("Q", record_id, decision.denial, position)
+            self._refuse("Q", record_id, decision.denial, data[offset + 5 : after - 1])
         else:
             self._hold("Q", data[offset:after], decision, None, None, record_id)
 
@@ -463,8 +464,7 @@ class PostgresSession(Cycles):
             self._record(self.judge.request(decision, "parse", None, record_id, self._now))
             self._flush(offset)
             self._from = after
-            position = decision.verdict.syntax.position if decision.verdict.syntax else 0
-            self._refuse("P", record_id, decision.denial, position)
+            self._refuse("P", record_id, decision.denial, raw)
             return
         older = self._statements.get(name)
         if older is None and len(self._statements) >= PREPARED_MAX:
@@ -584,10 +584,14 @@ class PostgresSession(Cycles):
 
     # -- refusing and holding
 
-    def _refuse(self, kind: str, record_id: str, denial: tuple[str, str, str], position: int = 0) -> None:
-        """What was scanned before it has been flushed."""
+    def _refuse(self, kind: str, record_id: str, denial: tuple[str, str, str], raw: bytes = b"") -> None:
+        """What was scanned before it has been flushed. `raw`: the text, where it is at hand."""
         sqlstate, text, _ = denial
-        shown = self._error(sqlstate, text, record_id, position=position)
+        syntax = sqlstate == "42601"
+        if syntax and not (kind == "Q" and self._open_segment):
+            self._let_server_reject(kind, record_id, text, raw)
+            return
+        shown = messages.error(sqlstate, text) if syntax else self._error(sqlstate, text, record_id)
         if kind == "Q":
             if self._idle():
                 self._to_client(shown + messages.ready_for_query(b"I"))
@@ -598,6 +602,26 @@ class PostgresSession(Cycles):
         self._send(SERVER, REJECTED_PARSE)
         self._expect("P").rewrite = shown
         self._skipping = True
+
+    def _let_server_reject(self, kind: str, record_id: str, text: str, raw: bytes) -> None:
+        """A text outside the grammar at hand: the server is asked to parse it under a name of ours, never to run it, and its error is
+        the client's. Another version may accept it; then the message behind it is refused, and that is what the client sees."""
+        self._send(SERVER, CLOSE_UNPARSED + messages.parse(UNPARSED, raw) + REJECTED_PARSE)
+        self._expect("C").hidden = True
+        self._expect("P").hidden = True
+        short = short_id(record_id)
+        self._expect("P").rewrite = messages.error(
+            "42501",
+            denial_message(None, f"the statement cannot be understood: {text}"),
+            detail=f"the server was asked to parse it and not to run it; record {short}",
+            hint=f"sidecar why {short}",
+        )
+        if kind == "Q":
+            self._send(SERVER, messages.SYNC)
+            self._segment += 1
+            self._expect("S")
+        else:
+            self._skipping = True
 
     def _hold(
         self,
@@ -722,7 +746,12 @@ class PostgresSession(Cycles):
             if self._injecting == "catalog":
                 self._stale = False
                 if not self._injected_failed:
-                    self.judge.catalog_loaded(self._injected_rows)
+                    try:
+                        self.judge.catalog_loaded(self._injected_rows)
+                    except ValueError as error:
+                        raise ProtocolError(
+                            "the server answers the question for its catalog with something else"
+                        ) from error
             self._injected_rows = []
             return self._inject_next()
         return b""

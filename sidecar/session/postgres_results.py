@@ -82,13 +82,23 @@ class Results(Opening):
         view = memoryview(data)
         end = len(data)
         start = offset = 0
+        need = 5
         while offset + 5 <= end:
             kind, length = _head(data, offset)
             if length < 4:
                 raise ProtocolError(f"a server message of length {length}")
             after = offset + 1 + length
             if after > end:
+                need = 1 + length
                 if self._may_stream(kind):
+                    beginning = 5 + self.limits.response_max_bytes
+                    if (
+                        kind == b"D"
+                        and end - offset < min(need, beginning)
+                        and self._samples(self._pending[0])
+                    ):
+                        need = min(need, beginning)
+                        break
                     self._count_partial(kind, view[offset:end])
                     self._send(CLIENT, view[start:end])
                     self._passing_server = after - end
@@ -111,8 +121,6 @@ class Results(Opening):
         if start < offset:
             self._send(CLIENT, view if start == 0 and offset == end else view[start:offset])
         if offset < end:
-            rest = end - offset
-            need = 5 if rest < 5 else 1 + int.from_bytes(data[offset + 1 : offset + 5])
             self._server.keep(data[offset:] if offset else data, need)
         self._resume_client()
 
@@ -151,6 +159,8 @@ class Results(Opening):
 
     def _count_partial(self, kind: bytes, part: Any) -> None:
         current = self._pending[0]
+        if kind == b"D" and self._samples(current):
+            self._sample_row(current, part[5:], streams=True)
         current.rows += 1
         if current.record_id:
             self._streamed = current
@@ -207,7 +217,7 @@ class Results(Opening):
             return None
         if kind in b"123":
             self._acknowledged(kind, current)
-            return None
+            return b"" if current.hidden else None
         if kind == b"n":
             return self._described(current, NO_COLUMNS) if current.kind == "D" else None
         if kind in b"GW":
@@ -398,18 +408,15 @@ class Results(Opening):
     def _plain_rows(self, current: Exchange, data: bytes, view: Any, offset: int, end: int) -> int:
         """A run of rows at once: returns where it ends."""
         begin = offset
-        limits = self.limits
+        samples = self._samples(current)
         while offset + 5 <= end and data[offset] == 0x44:  # D
             after = offset + 1 + int.from_bytes(data[offset + 1 : offset + 5])
             if after > end or after < offset + 5:
                 break
-            if (
-                current.rows < limits.response_max_rows
-                and current.sample_bytes < limits.response_max_bytes
-                and current.record_id
-            ):
-                self._sample(current, messages.parse_row(view[offset + 5 : after]))
+            if samples:
+                self._sample_row(current, view[offset + 5 : after])
             current.rows += 1
+            samples = samples and self._samples(current)
             offset = after
         current.bytes += offset - begin
         if current.digest is None:
@@ -429,13 +436,10 @@ class Results(Opening):
         if row_plan.record_masks is not row_plan.masks or decision.record_plan is not decision.plan:
             recorded = self._mask(current, row_plan, decision.record_plan, row_plan.record_masks, values)
         shown = data[offset:after] if masked is values else messages.row(masked)
+        if self._samples(current):
+            self._sample(current, recorded)
         current.rows += 1
         current.count(shown)
-        if (
-            current.rows <= self.limits.response_max_rows
-            and current.sample_bytes < self.limits.response_max_bytes
-        ):
-            self._sample(current, recorded)
         return None if masked is values else shown
 
     def _mask(
@@ -467,6 +471,21 @@ class Results(Opening):
                 assert plan is not None
                 found[index] = plan.detect_text(value)
         return found
+
+    def _samples(self, current: Exchange) -> bool:
+        """Whether the record has room for another row."""
+        limits = self.limits
+        return (
+            current.rows < limits.response_max_rows
+            and current.sample_bytes < limits.response_max_bytes
+            and current.record_id is not None
+        )
+
+    def _sample_row(self, current: Exchange, body: Any, *, streams: bool = False) -> None:
+        """A row that passes as it is; of a long one the beginning, the same whether it streams or came whole."""
+        limit = self.limits.response_max_bytes
+        whole = len(body) <= limit and not streams
+        self._sample(current, messages.parse_row(body) if whole else messages.parse_row_start(body[:limit]))
 
     def _sample(self, current: Exchange, values: list[bytes | None]) -> None:
         shown: list[str | bytes | None] = []

@@ -95,12 +95,8 @@ class Opening:
     def _gap(self, reason: GapReason, detail: str) -> None:
         self._record(self.context.gap_record(reason, self._now, detail=detail))
 
-    def _error(
-        self, sqlstate: str, text: str, record_id: str, *, severity: str = "ERROR", position: int = 0
-    ) -> bytes:
-        """What a client sees of a refusal; a syntax error looks as the server's own."""
-        if sqlstate == "42601":
-            return messages.error(sqlstate, text, severity=severity, position=position)
+    def _error(self, sqlstate: str, text: str, record_id: str, *, severity: str = "ERROR") -> bytes:
+        """What a client sees of a refusal."""
         short = short_id(record_id)
         target = self.facts.target
         return messages.error(

@@ -174,6 +174,18 @@ def parse_row(body: bytes | memoryview) -> list[bytes | None]:
     return found
 
 
+def parse_row_start(body: bytes | memoryview) -> list[bytes | None]:
+    """As `parse_row`, of a DataRow of which only the beginning is at hand: a value may be cut, those behind it are missing."""
+    found: list[bytes | None] = []
+    offset, end = 2, len(body)
+    while offset + 4 <= end:
+        (length,) = _INT32.unpack_from(body, offset)
+        offset += 4
+        found.append(None if length < 0 else bytes(body[offset : offset + length]))
+        offset += max(length, 0)
+    return found
+
+
 def row(values: list[bytes | None]) -> bytes:
     parts = [_INT16.pack(len(values))]
     for value in values:
