@@ -70,7 +70,7 @@ def test_status_arrives_as_it_was(agent: SmallAgent, path: Path) -> None:
         ports={5432: "postgres", 80: "auto"},
         policy=PolicyStatus("p.yaml", "ff", 3, "line 4", 2, 1),
         workers=(WorkerStatus(9, 1, 2, 3),),
-        spool=SpoolStatus(False, "full", 1, 2, "/var/x"),
+        spool=SpoolStatus(False, "full", True, 1, 2, "/var/x"),
         steering=SteeringStatus(False, "open", 1, (DriftStatus("table", "flushed", True, 8),), 1, 4),
         identity=IdentityStatus(True, ("https://i",), 1, 2, "unreachable"),
         gaps={"encrypted": 3},
