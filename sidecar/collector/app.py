@@ -49,10 +49,11 @@ def create_app(
     enrolment: Secret | None = None,
     hosts: frozenset[str] = frozenset(),
     open_to_read: bool = True,
+    token_file: str = TOKEN_FILE,
 ) -> Starlette:
-    """`token` is the page's; `hosts` are the names under which it may be called, empty: any."""
+    """`token` is the page's, `token_file` where people find it; `hosts` are the names under which it may be called, empty: any."""
     ingest = Ingest(store, enrolment)
-    pages = Pages(store, approvals, Sessions(token), open_to_read=open_to_read)
+    pages = Pages(store, approvals, Sessions(token), open_to_read=open_to_read, token_file=token_file)
     routes: list[BaseRoute] = [
         Route("/v1/batches", ingest.batches, methods=["POST"]),
         Route("/v1/flows", pages.api_flows),
@@ -127,6 +128,7 @@ def serve(
             enrolment=enrolment,
             hosts=frozenset({host.lower(), "localhost"}) if local else frozenset(),
             open_to_read=local,
+            token_file=str(data_dir / TOKEN_FILE),
         )
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11",

@@ -26,12 +26,19 @@ class Pages:
     """Handlers over one store. `open_to_read`: whoever reaches us may read; else a session or the page's token is needed."""
 
     def __init__(
-        self, store: Store, approvals: ApprovalsGateway | None, sessions: Sessions, *, open_to_read: bool
+        self,
+        store: Store,
+        approvals: ApprovalsGateway | None,
+        sessions: Sessions,
+        *,
+        open_to_read: bool,
+        token_file: str,
     ) -> None:
         self._store = store
         self._approvals = approvals
         self._sessions = sessions
         self._open_to_read = open_to_read
+        self._token_file = token_file
         self._templates = Environment(
             loader=PackageLoader("sidecar.collector", "templates"),
             autoescape=select_autoescape(default=True),
@@ -118,7 +125,9 @@ class Pages:
     # -- approvals
 
     def _login(self, after: str, *, wrong: bool = False) -> HTMLResponse:
-        return self._page("login.html", 403 if wrong else 200, wrong=wrong, after=after)
+        return self._page(
+            "login.html", 403 if wrong else 200, wrong=wrong, after=after, token_file=self._token_file
+        )
 
     async def holds(self, request: Request) -> Response:
         assert self._approvals is not None

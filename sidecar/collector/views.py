@@ -238,7 +238,8 @@ def _respond(entry: Entry, record: dict[str, Any]) -> None:
         )
     parts = [_text(response.get("status"))] if response.get("status") is not None else []
     if response.get("rows"):
-        parts.append(f"{_int(response.get('rows'))} rows")
+        count = _int(response.get("rows"))
+        parts.append(f"{count} row" if count == 1 else f"{count} rows")
     if response.get("bytes"):
         parts.append(size(_int(response.get("bytes"))))
     for name, word in (("upstream_ns", "upstream"), ("held_ns", "held"), ("inspector_ns", "inspected in")):
