@@ -79,12 +79,18 @@ class Agent:
     """One instance. `start`, then `serve` or a command, then `stop`; `stop` is safe after a failed `start`."""
 
     def __init__(
-        self, config: Config, *, mode: str, policy: Path | None = None, command: tuple[str, ...] = ()
+        self,
+        config: Config,
+        *,
+        mode: str,
+        policy: Path | None = None,
+        command: tuple[str, ...] = (),
+        instance: str | None = None,
     ) -> None:
         self.config = config
         self.mode = mode
         self.command = command
-        self.instance = os.urandom(4).hex()
+        self.instance = instance or os.urandom(4).hex()
         self.started_ns = time.time_ns()
         self.host = socket.gethostname()
         self.ids = IdSource()
@@ -666,11 +672,11 @@ def run_agent(config: Config) -> int:
     return int(uvloop.run(main()))
 
 
-def run_exec(config: Config, argv: list[str], policy: Path | None) -> int:
-    """`sidecar exec`: returns the command's exit status. Raises SidecarError where steering could not be set up."""
+def run_exec(config: Config, argv: list[str], policy: Path | None, instance: str) -> int:
+    """`sidecar exec`, as `instance`: returns the command's exit status. Raises SidecarError where steering could not be set up."""
 
     async def main() -> int:
-        agent = Agent(config, mode="exec", policy=policy, command=tuple(argv))
+        agent = Agent(config, mode="exec", policy=policy, command=tuple(argv), instance=instance)
 
         async def command() -> int:
             assert agent.job_cgroup is not None

@@ -114,13 +114,13 @@ def say(text: str) -> None:
 
 class Front:
     """Runs until the command and the inspector have ended. `inspector_pid` is our child; None where it is our
-    parent."""
+    parent. `clean_up` is called then, with the command's cgroup where it came to that."""
 
     def __init__(
         self,
         channel: socket.socket,
         inspector_pid: int | None,
-        clean_up: Callable[[Path], None] | None = None,
+        clean_up: Callable[[Path | None], None] | None = None,
     ) -> None:
         self._channel = channel
         self._inspector_pid = inspector_pid
@@ -156,7 +156,7 @@ class Front:
             if not ready and time.monotonic() >= self._deadline:
                 say("the inspector does not end: left alone. hint: sidecar down")
                 break
-        if self._inspector_gone and self._inspector_crashed() and self._cgroup and self._clean_up:
+        if self._inspector_gone and self._clean_up:
             self._clean_up(self._cgroup)
         return self._status()
 

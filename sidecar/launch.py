@@ -12,8 +12,8 @@ pair:
     (either side gone)  end of file
 
 Where the front dies, the command is ended: it may not go on unsteered. Where the inspector dies, the
-command's connections are refused by the kernel, and once it has ended the front removes what the inspector
-left behind.
+command's connections are refused by the kernel. Once both have ended the front removes what the inspector
+has left behind, whatever the reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.errors import SidecarError
+from sidecar.errors import PrerequisiteError, SidecarError
 from sidecar.front import SETUP_FAILED, Ended, Front, Launch, Message, Started, frame, say, take
 from sidecar.invoking_user import InvokingUser, invoking_user
+from sidecar.kernel import cgroups
+from sidecar.kernel.run_state import RUN_DIRECTORY
 
 __all__ = ["InvokingUser", "end_leftovers", "invoking_user", "launch", "split"]
 
@@ -42,9 +44,10 @@ _channel: socket.socket | None = None
 """The way to our front, once `split` has been called in this process."""
 
 
-def split() -> int | None:
+def split(instance: str | None = None) -> int | None:
     """Fork. In the inspector: returns None; go on, call `launch`, then exit. In the front: returns the exit
-    status, once everything has ended. To be called early, while there is one thread.
+    status, once everything has ended and nothing of `instance` is left. To be called early, while there is
+    one thread.
     """
     global _channel
     ours, theirs = socket.socketpair()
@@ -61,7 +64,7 @@ def split() -> int | None:
         _channel = theirs
         return None
     theirs.close()
-    return Front(ours, pid, _clean_up_after_crash).run()
+    return Front(ours, pid, lambda job_cgroup: _undo(instance, job_cgroup)).run()
 
 
 async def launch(
@@ -140,11 +143,8 @@ def _start_front() -> tuple[socket.socket, int]:
 def processes(cgroup: Path) -> list[int]:
     """All processes in a cgroup and below it."""
     found: list[int] = []
-    for members in [cgroup / "cgroup.procs", *cgroup.glob("**/cgroup.procs")]:
-        try:
-            found += [int(line) for line in members.read_text().split()]
-        except FileNotFoundError:
-            continue
+    for directory, _, _ in os.walk(cgroup):
+        found += cgroups.processes(Path(directory))
     return sorted(set(found))
 
 
@@ -209,15 +209,25 @@ def _names(pids: list[int]) -> str:
     return ", ".join(shown) + (f" and {len(pids) - 5} more" if len(pids) > 5 else "")
 
 
-def _clean_up_after_crash(job_cgroup: Path) -> None:
-    """The inspector was killed: end what is left of the command, then remove the instance's kernel state."""
-    end_leftovers(job_cgroup)
-    instance = job_cgroup.parent.name
-    if job_cgroup.parent.parent.name != "sidecar":
-        return  # not one of an instance: nothing of ours to remove
+def _undo(instance: str | None, job_cgroup: Path | None) -> None:
+    """The inspector has ended: what it has not undone, because it was killed or because a step of its ending
+    failed, is undone here, by a process that is in none of its cgroups."""
+    if job_cgroup is not None:
+        end_leftovers(job_cgroup)
+    if instance is None or not _is_left(instance):
+        return
     try:
         from sidecar.kernel.steering import remove_all
 
         remove_all(instance)
     except (SidecarError, OSError) as error:
-        say(f"kernel state of instance {instance} is left: {error}. hint: sidecar down --instance {instance}")
+        say(f"kernel state of instance {instance} is left: {error}\nhint: sidecar down --instance {instance}")
+
+
+def _is_left(instance: str) -> bool:
+    """Cgroups are made first and the state file is written before anything is attached: without both there is
+    nothing. (Looking into the kernel itself would cost each `exec` the import of pyroute2.)"""
+    try:
+        return (RUN_DIRECTORY / instance).is_dir() or cgroups.instance_directory(instance).is_dir()
+    except PrerequisiteError:
+        return False  # no cgroup2 here: it did not start

@@ -16,7 +16,7 @@ from sidecar.control.server import is_live
 from sidecar.errors import ControlError, PrerequisiteError
 
 STOP_TIMEOUT_S: Final = 20.0
-"""For a live agent to end its flows; after that its kernel state is removed under it."""
+"""For a live agent to end its flows; after that it is killed, and its kernel state removed."""
 
 
 @click.command()
@@ -31,16 +31,16 @@ def down(instance: str | None, dead: bool, as_json: bool) -> None:
     """
     if os.geteuid() != 0:
         raise PrerequisiteError("removing kernel state needs root", hint="sudo sidecar down")
-    from sidecar.kernel.steering import remove_all
+    from sidecar.kernel.removal import has_ended, known_instances, remove_all
 
     live = {entry.instance: entry for entry in client.discover()}
-    wanted = [instance] if instance else sorted({*live, *client.known_instances()})
+    wanted = [instance] if instance else sorted({*live, *known_instances()})
     stopped: list[str] = []
     removed: list[str] = []
     kept: list[str] = []
     for name in wanted:
         entry = live.get(name)
-        if entry is not None and dead:
+        if dead and not has_ended(name):
             kept.append(name)
             continue
         if entry is not None and _stop(entry):
@@ -72,7 +72,7 @@ def _stop(entry: Instance) -> bool:
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while is_live(entry.path):
         if time.monotonic() > deadline:
-            output.error(f"instance {entry.instance} does not stop", "its kernel state is removed under it")
+            output.error(f"instance {entry.instance} does not stop", "it is killed")
             return False
         time.sleep(0.1)
     return True

@@ -39,7 +39,8 @@ def exec_(config_file: Path | None, policy_file: Path | None, command: tuple[str
     try:
         if os.geteuid() != 0:
             raise PrerequisiteError("steering needs root", hint="sudo sidecar exec -- CMD…")
-        status = launch.split()
+        instance = os.urandom(4).hex()
+        status = launch.split(instance)
         if status is not None:
             sys.exit(status)
         from sidecar.config import load_config
@@ -47,7 +48,7 @@ def exec_(config_file: Path | None, policy_file: Path | None, command: tuple[str
         config = load_config(config_file)
         from sidecar.agent import run_exec
 
-        sys.exit(run_exec(config, list(command), policy_file))
+        sys.exit(run_exec(config, list(command), policy_file, instance))
     except ConfigurationError:
         raise
     except SidecarError as error:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import signal
@@ -19,6 +21,11 @@ log = logging.getLogger(__name__)
 PARENT: Final = "sidecar"
 REMOVE_S: Final = 5.0
 """How long a cgroup is waited for whose processes are just exiting."""
+MAX_NAMED: Final = 10
+GONE: Final = (errno.ENOENT, errno.ENODEV)
+"""A cgroup that has just been removed: its directory is not there, or a file in it that was open already says ENODEV."""
+_POLL_S: Final = 0.02
+_CREATE_ATTEMPTS: Final = 20
 
 
 def cgroup2_mount() -> Path:
@@ -42,8 +49,14 @@ def create(instance: str) -> tuple[Path, Path]:
     directory = instance_directory(instance)
     inspector, job = directory / "inspector", directory / "job"
     try:
-        inspector.mkdir(parents=True, exist_ok=True)
-        job.mkdir(exist_ok=True)
+        for attempt in range(_CREATE_ATTEMPTS):
+            try:
+                inspector.mkdir(parents=True, exist_ok=True)
+                job.mkdir(exist_ok=True)
+                break
+            except FileNotFoundError:  # the last other instance has just ended, and taken the parent with it
+                if attempt == _CREATE_ATTEMPTS - 1:
+                    raise
     except OSError as error:
         raise PrerequisiteError(
             f"cgroups cannot be created: {error}", hint="run as root, outside a read-only container"
@@ -63,7 +76,9 @@ def identifier(cgroup: Path) -> int:
 def processes(cgroup: Path) -> list[int]:
     try:
         return [int(line) for line in (cgroup / "cgroup.procs").read_text().split()]
-    except OSError:
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
         return []
 
 
@@ -79,7 +94,9 @@ def populated(cgroup: Path) -> bool:
     """Whether a process lives in it or below it (cgroup.events); the root has no such file and always is."""
     try:
         return "populated 1" in (cgroup / "cgroup.events").read_text()
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
         return cgroup.is_dir()
 
 
@@ -90,63 +107,82 @@ def end_job(instance: str) -> None:
         _kill(job)
 
 
+def end_inspector(instance: str) -> None:
+    """Kill what is left of an instance's supervisor, workers and collector, except for the calling process."""
+    inspector = instance_directory(instance) / "inspector"
+    if os.getpid() in (members := processes(inspector)):
+        _kill_each([pid for pid in members if pid != os.getpid()])
+    elif inspector.is_dir() and populated(inspector):
+        _kill(inspector)
+
+
 def remove(instance: str, *, job_covered: bool = False) -> list[str]:
-    """Remove an instance's cgroups. Our own processes go back to the root. Those of the job do so only where an agent steers them
-    there (`job_covered`); else they are killed, and where that does not help the cgroup stays, and is named in the log.
-    Returns what was removed."""
+    """Remove an instance's cgroups. The calling process, where it is the inspector itself, goes back to the root; what else is in
+    the inspector's is killed. Processes of the job go to the root only where an agent steers them there (`job_covered`); else they
+    are killed. Repeated until the cgroups are gone, because a process that forks or is just
+    exiting escapes a single look; what is left after REMOVE_S stays, and is named in the log. Returns what was removed."""
     root = cgroup2_mount()
     directory = root / PARENT / instance
-    if not job_covered:
-        end_job(instance)
-    removed = []
-    for child in (directory / "inspector", directory / "job", directory):
-        if not child.is_dir():
-            continue
-        if child.name == "inspector" or (child.name == "job" and job_covered):
-            for cgroup in (child, *(path for path in child.rglob("*") if path.is_dir())):
-                for pid in processes(cgroup):
-                    try:
-                        move(pid, root)
-                    except OSError:
-                        continue  # it has just exited
-        for nested in sorted((p for p in child.rglob("*") if p.is_dir()), reverse=True):
-            _rmdir(nested)
-        if _rmdir(child):
-            removed.append(f"cgroup {child}")
-        elif child.is_dir():
-            log.warning(
-                "%s cannot be removed: processes %s are left in it", child, processes(child) or "below it"
-            )
-    _rmdir(root / PARENT)
-    return removed
+    inspector, job = directory / "inspector", directory / "job"
+    standing = [cgroup for cgroup in (inspector, job, directory) if cgroup.is_dir()]
+    deadline = time.monotonic() + REMOVE_S
+    while directory.is_dir():
+        if os.getpid() in processes(inspector):
+            move(os.getpid(), root)
+        end_inspector(instance)
+        if job_covered:
+            _move_all(job, root)
+        else:
+            end_job(instance)
+        _remove_tree(directory)
+        if directory.is_dir():
+            if time.monotonic() > deadline:
+                log.warning("%s cannot be removed: %s", directory, _inhabitants(directory))
+                break
+            time.sleep(_POLL_S)
+    _remove_tree(root / PARENT, and_below=False)
+    return [f"cgroup {cgroup}" for cgroup in standing if not cgroup.is_dir()]
+
+
+def _tree(cgroup: Path) -> list[Path]:
+    """The cgroup and those below it, deepest first; empty where it is gone."""
+    return [Path(path) for path, _, _ in os.walk(cgroup, topdown=False)]
+
+
+def _move_all(cgroup: Path, to: Path) -> None:
+    for member in _tree(cgroup):
+        for pid in processes(member):
+            with contextlib.suppress(ProcessLookupError):  # it has just exited
+                move(pid, to)
+
+
+def _remove_tree(cgroup: Path, *, and_below: bool = True) -> None:
+    """As far as they are empty."""
+    for directory in _tree(cgroup) if and_below else [cgroup]:
+        try:
+            os.rmdir(directory)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOENT):
+                raise
+
+
+def _inhabitants(cgroup: Path) -> str:
+    pids = [pid for member in _tree(cgroup) for pid in processes(member)]
+    return f"processes {pids[:MAX_NAMED]} are left in it" if pids else "something in it is still exiting"
 
 
 def _kill(cgroup: Path) -> None:
     try:
         (cgroup / "cgroup.kill").write_text("1")
     except FileNotFoundError:  # before Linux 5.14
-        for members in (cgroup / "cgroup.procs", *cgroup.glob("**/cgroup.procs")):
-            for pid in processes(members.parent):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        for member in _tree(cgroup):
+            _kill_each(processes(member))
 
 
-def _rmdir(directory: Path) -> bool:
-    """Waits for processes that are just exiting; False where it is not there, has cgroups below it, or stays populated."""
-    deadline = time.monotonic() + REMOVE_S
-    while True:
-        try:
-            os.rmdir(directory)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            if any(child.is_dir() for child in directory.iterdir()) or time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True
+def _kill_each(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def instances() -> list[str]:

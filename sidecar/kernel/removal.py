@@ -11,7 +11,15 @@ import os
 from pathlib import Path
 
 from sidecar.kernel import cgroups, maps, nft
-from sidecar.kernel.run_state import OWNERS_PIN, RUN_DIRECTORY, alive, forget, states, unmount_if_unused
+from sidecar.kernel.run_state import (
+    OWNERS_PIN,
+    RUN_DIRECTORY,
+    alive,
+    forget,
+    run_directories,
+    states,
+    unmount_if_unused,
+)
 
 
 def _recorded(state: dict[str, object]) -> list[tuple[str, Path, int]]:
@@ -114,6 +122,7 @@ def _root_is_steered(*, but: str) -> bool:
 
 
 def _remove(instance: str, state: dict[str, object]) -> list[str]:
+    cgroups.end_inspector(instance)  # a hung one would attach its hooks again when it wakes
     covered = _root_is_steered(but=instance)
     if not covered:
         cgroups.end_job(instance)
@@ -122,10 +131,13 @@ def _remove(instance: str, state: dict[str, object]) -> list[str]:
     if nft.delete(nft.table_name(instance)):
         removed.append(f"table inet {nft.table_name(instance)}")
     removed += cgroups.remove(instance, job_covered=covered)
-    directory = RUN_DIRECTORY / instance
-    (directory / "control.sock").unlink(missing_ok=True)
-    forget(instance)
+    _clear_run_directory(instance)
     return removed
+
+
+def _clear_run_directory(instance: str) -> None:
+    (RUN_DIRECTORY / instance / "control.sock").unlink(missing_ok=True)
+    forget(instance)
 
 
 def remove_dead(*, except_for: str, covered: tuple[Path, ...]) -> list[str]:
@@ -148,10 +160,23 @@ def remove_dead(*, except_for: str, covered: tuple[Path, ...]) -> list[str]:
     return removed
 
 
+def has_ended(instance: str) -> bool:
+    """Whether nobody runs or starts this instance: what it has left may go."""
+    state = states().get(instance)
+    if state is None:  # not begun to steer yet, or crashed before that
+        return not cgroups.processes(cgroups.instance_directory(instance) / "inspector")
+    return not alive(state)
+
+
+def known_instances() -> list[str]:
+    """All that have left anything under their name, live or dead."""
+    return sorted({*run_directories(), *cgroups.instances()})
+
+
 def remove_all(instance: str | None = None) -> list[str]:
     """`sidecar down`: remove every trace of `instance`, or of all. Idempotent; also after SIGKILL. Names what it removed.
 
-    Live supervisors are asked to stop first by the caller; one that does not answer loses its hooks here.
+    Live supervisors are asked to stop first by the caller; one that does not answer is killed here.
     """
     removed = []
     for name, state in states().items():
@@ -165,5 +190,8 @@ def remove_all(instance: str | None = None) -> list[str]:
     for name in cgroups.instances():
         if instance in (None, name):
             removed += cgroups.remove(name)
+    for name in run_directories():  # of those that crashed before they wrote what they would attach
+        if instance in (None, name):
+            _clear_run_directory(name)
     unmount_if_unused()
     return removed

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ BPF_DIRECTORY: Final = RUN_DIRECTORY / "bpf"
 """A bpffs of our own: hosts differ in whether /sys/fs/bpf is mounted, and in who may read it."""
 OWNERS_PIN: Final = BPF_DIRECTORY / "owners"
 STATE_FILE: Final = "steering.json"
+STATE_FILE_NEW: Final = "steering.new"
+INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
 LOCK_FILE: Final = RUN_DIRECTORY / "lock"
 
 
@@ -54,15 +57,26 @@ def mount_bpf() -> None:
 
 
 def start_ticks(pid: int) -> int:
+    """When the process began (proc_pid_stat(5), starttime); 0 where it is gone, or has ended and is not reaped (as for ever in
+    a container whose first process reaps nobody)."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (OSError, IndexError, ValueError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
         return 0
+    return 0 if state in "ZX" else int(fields[18])
+
+
+def run_directories() -> list[str]:
+    """Names of all instances that have a run directory, live or dead."""
+    if not RUN_DIRECTORY.is_dir():
+        return []
+    return sorted(entry.name for entry in RUN_DIRECTORY.iterdir() if INSTANCE_NAME.fullmatch(entry.name))
 
 
 def forget(instance: str) -> None:
     directory = RUN_DIRECTORY / instance
-    (directory / STATE_FILE).unlink(missing_ok=True)
+    for name in (STATE_FILE, STATE_FILE_NEW):
+        (directory / name).unlink(missing_ok=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
@@ -74,7 +88,9 @@ def states() -> dict[str, dict[str, object]]:
     for path in RUN_DIRECTORY.glob(f"*/{STATE_FILE}"):
         try:
             found[path.parent.name] = json.loads(path.read_text())
-        except (OSError, ValueError):
+        except FileNotFoundError:
+            continue  # it has just ended
+        except json.JSONDecodeError:
             found[path.parent.name] = {}
     return found
 

@@ -27,6 +27,7 @@ from sidecar.kernel.run_state import (
     OWNERS_PIN,
     RUN_DIRECTORY,
     STATE_FILE,
+    STATE_FILE_NEW,
     forget,
     host_lock,
     mount_bpf,
@@ -245,7 +246,7 @@ class Steering:
             "attached": [[a.hook, str(a.cgroup), a.program_id] for a in self._attached],
         }
         path = directory / STATE_FILE
-        temporary = path.with_suffix(".new")
+        temporary = directory / STATE_FILE_NEW
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(state, file)
