@@ -47,15 +47,16 @@ def _text(text: bytes, *, full: bool) -> str | None:
     """A line that names HTTP, or a method and what can be its target, is HTTP. `full`: so is a long line that may become one."""
     if not text:
         return "http" if full else None
-    line, newline, _ = text.partition(b"\n")
-    if b"HTTP/" in line.upper():
-        return "http"
     word = _WORD.match(text)
     if word is None:
         return "opaque"
+    line, newline, _ = text.partition(b"\n")
+    binary = _BINARY.search(line)
+    if b"HTTP/" in line[: binary.start() if binary else None].upper():
+        return "http"
     if word[0].upper() in METHODS and _TARGET.match(text, word.end()):
         return "http"
-    if newline or _BINARY.search(line):
+    if newline or binary:
         return "opaque"
     if full:
         return "http" if text[word.end() : word.end() + 1] in (b" ", b"\t") else "opaque"
