@@ -6,7 +6,7 @@ import hashlib
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void* data, size_t size)
@@ -94,3 +94,28 @@ cdef class Tail:
             self.cut_ids = [record.id for record in records]
             return False
         return True
+
+
+def check_frames(bytearray data not None, bytes head not None, Py_ssize_t max_record):
+    """See audit.check. Overwrites hashes in `data`."""
+    cdef unsigned char* text = <unsigned char*>PyByteArray_AS_STRING(data)
+    cdef Py_ssize_t at = 0, end = len(data), size
+    cdef int64_t count = 0
+    cdef unsigned char said[HEAD]
+    cdef bytes found
+    if len(head) != HEAD:
+        raise ValueError("a chain's head has 32 bytes")
+    view = memoryview(data)
+    while at + FRAME <= end:
+        size = text[at] | (text[at + 1] << 8) | (text[at + 2] << 16) | (<Py_ssize_t>text[at + 3] << 24)
+        if size > max_record or at + FRAME + size > end:
+            break
+        memcpy(said, text + at + 4, HEAD)
+        memcpy(text + at + 4, PyBytes_AS_STRING(head), HEAD)  # what is hashed is the head before, and the record
+        found = _sha256(view[at + 4 : at + FRAME + size]).digest()
+        if memcmp(said, PyBytes_AS_STRING(found), HEAD) != 0:
+            return head, count, at, False
+        head = found
+        count += 1
+        at += FRAME + size
+    return head, count, at, True

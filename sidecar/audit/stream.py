@@ -15,6 +15,7 @@ from typing import Final
 
 from sidecar.audit import chain
 from sidecar.audit.batch import Header
+from sidecar.audit.check import check_frames
 from sidecar.audit.hostkey import HostKey
 from sidecar.audit.segment import (
     FRAME,
@@ -22,7 +23,6 @@ from sidecar.audit.segment import (
     SegmentHeader,
     append_whole,
     entry_bytes,
-    frames,
     header_bytes,
     segment_path,
     signature_path,
@@ -149,21 +149,18 @@ class OpenStream:
     def _sign_next(self, segment: Segment) -> bool:
         """Verify and sign the next whole frames. False where there are none."""
         written = os.fstat(segment.reader).st_size - segment.offset
-        data = os.pread(segment.reader, min(READ_BYTES, max(written, 0)), segment.offset)
+        data = _read(segment, min(READ_BYTES, max(written, 0)))
         if len(data) >= FRAME.size:
             length = FRAME.unpack_from(data)[0]
             if length > MAX_RECORD_BYTES:
                 self.broken = f"record {self.seq} of stream {self.name} has an impossible length"
                 return False
             if FRAME.size + length > len(data):
-                data = os.pread(segment.reader, FRAME.size + length, segment.offset)
-        head, seq, consumed = self.head, self.seq, 0
-        for end, digest, record in frames(data, 0):
-            after = chain.link(head, record)
-            if after != digest:
-                self.broken = f"record {seq} of stream {self.name} does not follow the chain"
-                break
-            head, seq, consumed = after, seq + 1, end
+                data = _read(segment, FRAME.size + length)
+        head, count, consumed, holds = check_frames(data, self.head)
+        seq = self.seq + count
+        if not holds:
+            self.broken = f"record {seq} of stream {self.name} does not follow the chain"
         if not consumed:
             return False
         self._sign(segment, seq, head, "")
@@ -211,6 +208,13 @@ class OpenStream:
         return sum(size for number, size in sizes.items() if number > mark.segment) + max(
             sizes.get(mark.segment, 0) - mark.offset, 0
         )
+
+
+def _read(segment: Segment, size: int) -> bytearray:
+    """At most `size` bytes from where the segment is not signed yet."""
+    data = bytearray(size)
+    del data[os.preadv(segment.reader, [data], segment.offset) :]
+    return data
 
 
 def sync_directory(directory: Path) -> None:
