@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import uvloop
 
 from sidecar.audit.encode import decode_record
 from sidecar.audit.segment import frames
+from sidecar.audit.writer import SEGMENT_BYTES
 from sidecar.model.flow import Address, FlowFacts, Target
 from sidecar.model.ids import IdSource
 from sidecar.model.workload import Workload
@@ -52,8 +54,13 @@ class UnsteeredWorker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=ROOT,
         )  # fmt: skip
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], 30)[0]:
+            self.process.kill()
         line = self.process.stdout.readline()
-        assert line, self.log()
+        if not line:
+            self.process.wait(10)
+            self._log.close()
+            raise AssertionError(self.log())
         self.address = Address("127.0.0.1", int(line))
         return self
 
@@ -110,7 +117,17 @@ class _Supervisor:
     def message(self, message: Any, descriptors: list[int]) -> None:
         match message:
             case link.Hello():
-                self.link.send(link.Configure("host", False, False, 65536, 100, 65536))
+                self.link.send(
+                    link.Configure(
+                        host="host",
+                        sync_strict=False,
+                        on_full_drop=False,
+                        segment_bytes=SEGMENT_BYTES,
+                        request_max_bytes=65536,
+                        response_max_rows=100,
+                        response_max_bytes=65536,
+                    )
+                )
                 self.link.send(link.PolicyText(self.options.get("policy"), "policy.yaml", "test"))
                 self.segment()
             case link.NeedSegment():
@@ -136,7 +153,13 @@ class _Supervisor:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self.link.send(link.Segment(STREAM, bytes(32), 0), (descriptor,), lambda: os.close(descriptor))
 
+    def fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A worker that raises where nobody catches it has to fail the test."""
+        loop.default_exception_handler(context)
+        os._exit(1)
+
     async def run(self) -> int:
+        asyncio.get_running_loop().set_exception_handler(self.fault)
         await self.ready.wait()
         print(self.port, flush=True)
         ended = asyncio.Event()
