@@ -89,6 +89,11 @@ def _header(line: bytes) -> tuple[bytes, bytes]:
     return name, value.strip(b" \t")
 
 
+def may_begin(byte: bytes) -> bool:
+    """Whether a request may begin with it."""
+    return _NAME.fullmatch(byte) is not None
+
+
 def parse_head(raw: bytes, *, request: bool) -> Head:
     """`raw` up to and with the empty line. Raises ProtocolError, or LimitExceeded for too many headers."""
     lines = raw[:-4].split(b"\r\n")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-HELLO_MAX_BYTES = 16_384 + 5
+import re
+from typing import Final
+
+HELLO_MAX_BYTES: Final = 16_384 + 5
+_HOST: Final = re.compile(rb"[A-Za-z0-9._-]{1,255}")
+"""What may stand in a record, a log and a rule's view of the target."""
 
 
 def server_name(data: bytes) -> str | None:
@@ -21,9 +26,9 @@ def server_name(data: bytes) -> str | None:
             size = int.from_bytes(data[offset + 2 : offset + 4])
             body = data[offset + 4 : offset + 4 + size]
             if kind == 0 and len(body) == size and size > 5 and body[2] == 0:
-                length = int.from_bytes(body[3:5])
-                return body[5 : 5 + length].decode("ascii").lower()
+                name = body[5 : 5 + int.from_bytes(body[3:5])]
+                return name.decode("ascii").lower() if _HOST.fullmatch(name) else None
             offset += 4 + size
-    except (IndexError, UnicodeDecodeError):
+    except IndexError:
         return None
     return None

@@ -146,6 +146,10 @@ class Requests:
                     offset += 1
                 end = _HEAD_END.search(data, offset)
                 if end is None:
+                    if offset < len(data) and not http1.may_begin(data[offset : offset + 1]):
+                        raise ProtocolError(
+                            "what came is no HTTP"
+                        )  # it would wait for an answer (TLS, for one)
                     self._buffer += memoryview(data)[offset:]
                     self._incomplete(len(data) - offset)
                     return

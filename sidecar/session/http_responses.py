@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sidecar.codecs import http1
 from sidecar.codecs.http1 import Body, Head, Headers
 from sidecar.errors import ProtocolError
@@ -12,6 +14,8 @@ from sidecar.session.http_exchange import Exchange
 from sidecar.session.http_masked_body import Unmaskable, mask_body, must_be_whole, replace_body_fields
 from sidecar.session.http_pending import Passed
 from sidecar.session.http_problem import problem
+
+_STATUS: Final = b"HTTP/1."
 
 
 class Responses:
@@ -49,6 +53,8 @@ class Responses:
             if (len(data) if end < 0 else end + 4) - offset > limit:
                 raise ProtocolError(f"a response head over {limit} bytes")
             if end < 0:
+                if not _STATUS.startswith(data[offset : offset + len(_STATUS)]):
+                    raise ProtocolError("what came is no HTTP")
                 self._buffer += memoryview(data)[offset:]
                 return
             raw = data[offset : end + 4]

@@ -24,7 +24,7 @@ class SteeredJob:
         self.audit = directory / "audit"
         self.config = directory / "sidecar.yaml"
         self.config.write_text(
-            "steering:\n  ports: {5432: postgres, 80: auto, 8080: auto}\npolicy: policy.yaml\n"
+            "steering:\n  ports: {5432: postgres, 80: auto, 8080: auto, 2525: auto}\npolicy: policy.yaml\n"
             f"audit: {{directory: {self.audit}}}\n{extra}"
         )
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ssl
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sidecar.codecs.detect import detect
+from sidecar.codecs.tls_hello import server_name
 from sidecar.session.auto import AutoSession
 from tests.support.http_play import C, Play, S
 
@@ -181,6 +184,14 @@ def client_hello(name: str) -> bytes:
     with pytest.raises(ssl.SSLWantReadError):
         session.do_handshake()
     return outgoing.read()
+
+
+@given(st.binary(max_size=300), st.integers(0, 300), st.integers(0, 300))
+def test_a_hello_of_any_shape_names_a_host_or_none(noise: bytes, start: int, size: int) -> None:
+    hello = client_hello("orders.example")
+    name = server_name(hello[:start] + noise + hello[start + size :])
+    assert name is None or name.isascii()
+    assert server_name(hello.replace(b"orders.example", b"orders\nexample")) is None
 
 
 def test_garbage_is_relayed_and_recorded() -> None:

@@ -294,6 +294,7 @@ BAD_REQUESTS = {
     "a tab": b"GET\t/a HTTP/1.1\r\n" + HOST + b"\r\n",
     "no version": b"GET /a\r\n\r\n",
     "a version to come": b"GET /a HTTP/3.0\r\n" + HOST + b"\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 }  # fmt: skip
 
@@ -356,6 +357,8 @@ def test_an_unasked_response_is_never_the_answer_to_a_later_request() -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: a\rb\r\n\r\n",
         b"HTTP/1.1 99 OK\r\n\r\n",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"\x15\x03\x01",
         b"HTTP/1.1 200 OK\r\n folded: a\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
     ],
