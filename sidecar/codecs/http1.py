@@ -23,7 +23,7 @@ MAX_TRAILERS: Final = 16_384
 NO_BODY: Final = frozenset({204, 304})
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _NAME: Final = re.compile(_TOKEN)
-_VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/(\d\.\d)")
 _STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9]\d\d)(?: [\t\x20-\x7e\x80-\xff]*)?")
 _LENGTH: Final = re.compile(rb"\d{1,18}")
@@ -84,8 +84,6 @@ def _header(line: bytes) -> tuple[bytes, bytes]:
     name, colon, value = line.partition(b":")
     if not colon or not _NAME.fullmatch(name):
         raise ProtocolError("a malformed header line")
-    if not _VALUE.fullmatch(value):
-        raise ProtocolError("a control character in a header")
     return name, value.strip(b" \t")
 
 
@@ -96,9 +94,11 @@ def may_begin(byte: bytes) -> bool:
 
 def parse_head(raw: bytes, *, request: bool) -> Head:
     """`raw` up to and with the empty line. Raises ProtocolError, or LimitExceeded for too many headers."""
+    if _CONTROL.search(raw):
+        raise ProtocolError("a control character in a head")
     lines = raw[:-4].split(b"\r\n")
-    if any(b"\r" in line or b"\n" in line or b"\0" in line for line in lines):
-        raise ProtocolError("a bare CR, LF or NUL in a head")
+    if not raw.count(b"\r") == raw.count(b"\n") == len(lines) + 1:
+        raise ProtocolError("a bare CR or LF in a head")
     if len(lines) - 1 > MAX_HEADERS:
         raise LimitExceeded(f"more than {MAX_HEADERS} headers", limit="headers", value=MAX_HEADERS)
     head = Head(lines[0], [_header(line) for line in lines[1:]])
@@ -222,6 +222,8 @@ class Body:
             self._trailer_bytes += len(line)
             if self._trailer_bytes > MAX_TRAILERS:
                 raise ProtocolError("the trailers are too long")
+            if _CONTROL.search(line) or b"\r" in line:
+                raise ProtocolError("a control character in a trailer")
             self.trailers.append(_header(line))
         else:
             self.done = True

@@ -59,6 +59,8 @@ class _Walk:
     """Up to here the text is in `out`."""
 
     def blank(self, at: int) -> int:
+        if self.text[at : at + 1] not in " \t\n\r":
+            return at
         match = _BLANK.match(self.text, at)
         assert match is not None
         return match.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.codecs.detect import detect
@@ -186,6 +186,7 @@ def client_hello(name: str) -> bytes:
     return outgoing.read()
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 300), st.integers(0, 300))
 def test_a_hello_of_any_shape_names_a_host_or_none(noise: bytes, start: int, size: int) -> None:
     hello = client_hello("orders.example")
