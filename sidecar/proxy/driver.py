@@ -59,6 +59,7 @@ class FlowDriver:
     __slots__ = (
         "_pending",
         "_retry",
+        "_tls_beginning",
         "_waiting_input",
         "address",
         "blocked",
@@ -102,6 +103,7 @@ class FlowDriver:
         self._pending: deque[Command] = deque()
         self._waiting_input: deque[tuple[Hop, bytes | None]] = deque()
         self._retry: asyncio.TimerHandle | None = None
+        self._tls_beginning: asyncio.Task[Any] | None = None
         client.flow = self.server.flow = self
         client.peer, self.server.peer = self.server, client
         self._find_lane()
@@ -354,8 +356,9 @@ class FlowDriver:
 
     async def _start_tls(self, command: StartTls) -> None:
         transport = self.server.transport
-        if transport is None or self.server.lost:
+        if transport is None or self.server.lost or transport.is_closing():
             return
+        self._tls_beginning = asyncio.current_task()
         try:
             context = self.worker.tls_context(command.verify, command.ca_file)
             upgraded = await self.loop.start_tls(
@@ -366,8 +369,13 @@ class FlowDriver:
                 ssl_handshake_timeout=limits.TLS_HANDSHAKE_TIMEOUT_S,
             )
         except (ssl.SSLError, ssl.CertificateError, OSError, ValueError) as error:
+            self._tls_beginning = None
             self.abort(CloseReason.UPSTREAM_TLS, f"{self.address}: {error}")
             return
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
+        self._tls_beginning = None
         if upgraded is None or self.closed:
             return
         self.server.transport = upgraded
@@ -419,7 +427,10 @@ class FlowDriver:
         self.worker.flow_closed(self, reason)
         server, client = self.server, self.client
         self.loop.call_later(limits.FLUSH_S, self._abandon)
-        if server.transport is not None and not server.lost:
+        if self._tls_beginning is not None:
+            # uvloop's start_tls has its first write still before it: to close the transport under it would raise in the loop.
+            self._tls_beginning.cancel()
+        elif server.transport is not None and not server.lost:
             server.transport.close()
         if client.transport is None or client.lost:
             self._finish()

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -136,6 +137,35 @@ def test_what_demands_tls_is_told_no_then_relayed_opaque(
         assert not opaque.records("request")
 
 
+@pytest.mark.parametrize("leaves", ["in order", "by reset"])
+def test_a_client_that_leaves_while_the_servers_tls_begins(leaves: str, tmp_path: Path) -> None:
+    """The worker finds both in one turn of its loop: the server's yes to TLS, and that nobody is left to speak for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        with UnsteeredWorker(Address("127.0.0.1", server.getsockname()[1]), tmp_path) as running:
+            for attempt in range(20):
+                client = socket.create_connection((running.address.host, running.address.port), timeout=10)
+                client.sendall(w.startup(user="someone"))
+                upstream, _ = server.accept()
+                with upstream:
+                    upstream.settimeout(10)
+                    assert upstream.recv(8) == struct.pack("!II", 8, 80877103)
+                    os.kill(running.process.pid, signal.SIGSTOP)
+                    try:
+                        if leaves == "by reset":
+                            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        if attempt % 2:
+                            client.close()
+                        upstream.sendall(b"S")
+                        client.close()
+                    finally:
+                        os.kill(running.process.pid, signal.SIGCONT)
+                    with contextlib.suppress(ConnectionResetError):
+                        while upstream.recv(65536):  # perhaps a ClientHello, then the end
+                            pass
+        assert len(running.records("close")) == 20
+
+
 def test_gss_encryption_is_declined_and_the_start_goes_on(worker: UnsteeredWorker) -> None:
     with socket.create_connection((worker.address.host, worker.address.port), timeout=10) as sock:
         for request in (80877104, 80877103):
@@ -206,6 +236,50 @@ def test_a_client_that_dies_in_mid_result(server: PostgresServer, worker: Unstee
         time.sleep(0.05)
     else:
         pytest.fail("the backend goes on")
+
+
+@pytest.mark.parametrize("size", [60, 3 * MIB], ids=["a short answer", "a long answer"])
+def test_a_client_that_has_reset_while_its_answer_arrives(size: int, tmp_path: Path) -> None:
+    """The worker finds both in one turn of its loop. That is no fault of its own: the record says what the client did."""
+    answer = w.description(w.column("t")) + w.row(b"x" * size) + w.complete("SELECT 1") + w.ready()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        with UnsteeredWorker(Address("127.0.0.1", server.getsockname()[1]), tmp_path) as running:
+            for attempt in range(20):
+                client = socket.create_connection((running.address.host, running.address.port), timeout=10)
+                client.settimeout(10)
+                client.sendall(w.startup(user="someone"))
+                upstream, _ = server.accept()
+                with upstream:
+                    upstream.settimeout(10)
+                    upstream.recv(8)
+                    upstream.sendall(b"N")
+                    upstream.recv(65536)
+                    upstream.sendall(w.message(b"R", bytes(4)) + w.ready())
+                    client.recv(65536)
+                    client.sendall(w.query("SELECT t FROM u"))
+                    upstream.recv(65536)
+                    os.kill(running.process.pid, signal.SIGSTOP)
+                    try:
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        if attempt % 2:
+                            client.close()
+                        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * MIB)
+                        sending = threading.Thread(target=send_all, args=(upstream, answer))
+                        sending.start()
+                        time.sleep(0.02)
+                        client.close()
+                    finally:
+                        os.kill(running.process.pid, signal.SIGCONT)
+                    sending.join(10)
+                    assert not sending.is_alive()
+        reasons = {record["reason"] for record in running.records("close")}
+        assert reasons == {"client_closed"}
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(data)
 
 
 def test_a_server_that_dies_in_mid_result(server: PostgresServer, worker: UnsteeredWorker) -> None:
