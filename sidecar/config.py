@@ -54,7 +54,7 @@ class Identity(msgspec.Struct, frozen=True):
     required: bool
     sources: tuple[SourceDocument, ...]
     issuers: tuple[IssuerDocument, ...]
-    """`jwks` is an address or an absolute path."""
+    """`jwks` is an address, an absolute path, or None: by discovery."""
     attach: AttachDocument
     max_age_s: float | None
 
@@ -235,7 +235,7 @@ def _identity(document: IdentityDocument, base: Path) -> Identity:
         sources=document.sources,
         issuers=tuple(
             issuer
-            if issuer.jwks.startswith(("http://", "https://"))
+            if issuer.jwks is None or issuer.jwks.startswith(("http://", "https://"))
             else msgspec.structs.replace(issuer, jwks=str(base / issuer.jwks.removeprefix("file://")))
             for issuer in document.issuers
         ),

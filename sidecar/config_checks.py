@@ -14,9 +14,19 @@ from urllib.parse import SplitResult, urlsplit
 
 from sidecar.config_document import (
     DEFAULT_ALGORITHMS,
+    AzureSource,
+    BuildkiteSource,
     CgroupScope,
+    CommandSource,
     ConfigurationDocument,
+    EnvSource,
+    FileSource,
+    GithubActionsSource,
+    GitlabSource,
+    GoogleSource,
     IssuerDocument,
+    JenkinsSource,
+    KubernetesSource,
     ProtocolName,
     SourceDocument,
     TargetDocument,
@@ -32,6 +42,7 @@ MAX_RECORDED_BYTES: Final = 16 * 1024 * 1024
 """Of one request or response: a record has to fit a batch."""
 MAX_RECORDED_ROWS: Final = 100_000
 MAX_LEEWAY_S: Final = 600.0
+MAX_COMMAND_S: Final = 30.0
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 PATH_PLACEHOLDERS: Final = ("uid", "gid", "pid", "user")
 NAME_PLACEHOLDERS: Final = (
@@ -49,11 +60,7 @@ NAME_PLACEHOLDERS: Final = (
 
 NOT_YET: Final = {
     ("targets", "*", "credentials"): "injecting credentials",
-    ("identity", "sources", "*", "github_actions"): "the token source github_actions",
-    ("identity", "sources", "*", "gitlab"): "the token source gitlab",
-    ("identity", "sources", "*", "kubernetes"): "the token source kubernetes",
     ("identity", "sources", "*", "spiffe"): "the token source spiffe",
-    ("identity", "sources", "*", "command"): "the token source command",
 }
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -215,17 +222,40 @@ class Checker:
         except ValueError as error:
             raise self.fail(f"{text!r} is no CIDR: {error}", *path, hint="such as 169.254.0.0/16") from error
 
-    def _source(self, source: SourceDocument, index: int) -> None:
-        place = ("identity", "sources", index)
-        if (source.env is None) == (source.file is None):
-            raise self.fail("a source is exactly one of env, file", *place)
-        if source.env is not None and not _ENV_NAME.fullmatch(source.env.name):
-            raise self.fail(f"{source.env.name!r} is no name of a variable", *place, "env", "name")
-        if source.file is not None:
-            path = source.file.path
-            if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
-                raise self.fail("the path is absolute and without `..`", *place, "file", "path")
-            self.placeholders(path, PATH_PLACEHOLDERS, *place, "file", "path")
+    def _source(self, document: SourceDocument, index: int) -> None:
+        place: tuple[Step, ...] = ("identity", "sources", index)
+        chosen = document.chosen()
+        if len(chosen) != 1:
+            raise self.fail("a source is exactly one of " + ", ".join(document.__struct_fields__), *place)
+        ((kind, source),) = chosen
+        place = (*place, kind)
+        match source:
+            case EnvSource() | GitlabSource() | JenkinsSource():
+                if not _ENV_NAME.fullmatch(source.name):
+                    raise self.fail(f"{source.name!r} is no name of a variable", *place, "name")
+            case FileSource() | KubernetesSource():
+                path = source.path
+                if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
+                    raise self.fail("the path is absolute and without `..`", *place, "path")
+                self.placeholders(path, PATH_PLACEHOLDERS, *place, "path")
+            case GithubActionsSource() | BuildkiteSource():
+                self._audience(source.audience, *place)
+                for number, host in enumerate(source.hosts):
+                    if not _is_name(host) and not is_address(host):
+                        raise self.fail(f"{host!r} is no host name or wildcard", *place, "hosts", number)
+            case GoogleSource() | AzureSource():
+                self._audience(source.audience, *place)
+                self._url(source.endpoint, *place, "endpoint")
+            case CommandSource():
+                if not source.argv or not source.argv[0].startswith("/"):
+                    raise self.fail("begins with the absolute path of a program", *place, "argv")
+                if any("\0" in part for part in source.argv):
+                    raise self.fail("holds a NUL", *place, "argv")
+                self.duration(source.timeout, *place, "timeout", high=MAX_COMMAND_S)
+
+    def _audience(self, audience: str, *place: Step) -> None:
+        if not audience:
+            raise self.fail("is empty: tokens for nobody are refused", *place, "audience")
 
     def _issuers(self, issuers: tuple[IssuerDocument, ...]) -> None:
         names: set[str] = set()
@@ -246,13 +276,22 @@ class Checker:
             for number, algorithm in enumerate(issuer.algorithms):
                 self._algorithm(algorithm, *place, "algorithms", number)
             self.duration(issuer.leeway, *place, "leeway", high=MAX_LEEWAY_S)
-            if "://" in issuer.jwks and not issuer.jwks.startswith("file://"):
-                address = self._url(issuer.jwks, *place, "jwks")
+            # Without `jwks` the issuer's own discovery document says where its keys are.
+            if issuer.jwks is None and not issuer.issuer.startswith(("https://", "http://")):
+                raise self.fail(
+                    "jwks is missing, and the issuer is no address where it could be found",
+                    *place,
+                    "issuer",
+                    hint="jwks: an https address, or a file",
+                )
+            keys, setting = (issuer.jwks, "jwks") if issuer.jwks is not None else (issuer.issuer, "issuer")
+            if setting == "issuer" or ("://" in keys and not keys.startswith("file://")):
+                address = self._url(keys, *place, setting)
                 if address.scheme == "http" and address.hostname not in LOOPBACK:
                     raise self.fail(
                         "keys that arrive without TLS are anybody's",
                         *place,
-                        "jwks",
+                        setting,
                         hint="use https, or a file; http only from this host",
                     )
 

@@ -91,17 +91,104 @@ class FileSource(Shape, frozen=True):
     path: str
 
 
+class GithubActionsSource(Shape, frozen=True):
+    """Asked for with the job's own ACTIONS_ID_TOKEN_REQUEST_URL and …_TOKEN, at `hosts` only."""
+
+    audience: str
+    hosts: tuple[str, ...] = ("*.actions.githubusercontent.com",)
+
+
+class GitlabSource(Shape, frozen=True):
+    """`id_tokens` of .gitlab-ci.yml: `name` is the variable that the job's keyword names."""
+
+    name: str = "SIDECAR_ID_TOKEN"
+
+
+class BuildkiteSource(Shape, frozen=True):
+    """Asked for as `buildkite-agent oidc request-token` does."""
+
+    audience: str
+    hosts: tuple[str, ...] = ("agent.buildkite.com",)
+
+
+class CircleciSource(Shape, frozen=True):
+    """CIRCLE_OIDC_TOKEN_V2, else CIRCLE_OIDC_TOKEN."""
+
+
+class JenkinsSource(Shape, frozen=True):
+    """A credential of the OpenID Connect Provider plugin, bound to the variable `name`."""
+
+    name: str = "SIDECAR_ID_TOKEN"
+
+
+class KubernetesSource(Shape, frozen=True):
+    """A projected service-account token, as the pod sees it."""
+
+    path: str = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+
+
+class GoogleSource(Shape, frozen=True):
+    """The instance's identity token, from the metadata server: the host is the identity."""
+
+    audience: str
+    endpoint: str = "http://metadata.google.internal"
+
+
+class AzureSource(Shape, frozen=True):
+    """The instance's managed identity, from the metadata service: the host is the identity."""
+
+    audience: str
+    client_id: str | None = None
+    endpoint: str = "http://169.254.169.254"
+
+
+class CommandSource(Shape, frozen=True):
+    """A program of the administrator's that prints a token."""
+
+    argv: tuple[str, ...]
+    timeout: str | int = "5s"
+
+
+TokenSource = (
+    EnvSource
+    | FileSource
+    | GithubActionsSource
+    | GitlabSource
+    | BuildkiteSource
+    | CircleciSource
+    | JenkinsSource
+    | KubernetesSource
+    | GoogleSource
+    | AzureSource
+    | CommandSource
+)
+
+
 class SourceDocument(Shape, frozen=True):
     """One place to look for a token: exactly one of the fields is set."""
 
     env: EnvSource | None = None
     file: FileSource | None = None
+    github_actions: GithubActionsSource | None = None
+    gitlab: GitlabSource | None = None
+    buildkite: BuildkiteSource | None = None
+    circleci: CircleciSource | None = None
+    jenkins: JenkinsSource | None = None
+    kubernetes: KubernetesSource | None = None
+    google: GoogleSource | None = None
+    azure: AzureSource | None = None
+    command: CommandSource | None = None
+
+    def chosen(self) -> tuple[tuple[str, TokenSource], ...]:
+        """Kind and source of each field that is set."""
+        named = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        return tuple((name, source) for name, source in named if source is not None)
 
 
 class IssuerDocument(Shape, frozen=True):
     issuer: str
     audience: str | tuple[str, ...]
-    jwks: str
+    jwks: str | None = None
     algorithms: tuple[str, ...] = DEFAULT_ALGORITHMS
     leeway: str | int = "30s"
 

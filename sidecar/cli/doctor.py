@@ -124,19 +124,21 @@ def _policy(config: Config) -> OwnCheck:
     return OwnCheck("policy", True, str(path))
 
 
-def issuer_keys(issuer: str, jwks: str) -> OwnCheck:
+def issuer_keys(issuer: str, jwks: str | None) -> OwnCheck:
     """Whether the keys that tokens are verified with can be read, the way the agent reads them."""
     from sidecar.identity.keys import KeySet
 
     try:
-        KeySet(jwks).candidates(None, "ES256", wait_s=KEYS_TIMEOUT_S)
+        KeySet(jwks, issuer).candidates(None, "ES256", wait_s=KEYS_TIMEOUT_S)
     except IdentityError as error:
         if error.reason == "keys_unavailable":
             return OwnCheck(
                 "identity", False, f"{issuer}: {error}", "correct jwks of that issuer in identity.issuers"
             )
         # Keys are there; whether one fits is up to the token.
-    return OwnCheck("identity", True, f"{issuer}: keys read from {jwks}")
+    return OwnCheck(
+        "identity", True, f"{issuer}: keys read from {jwks or 'where its discovery document says'}"
+    )
 
 
 def short_way() -> OwnCheck:

@@ -1,9 +1,9 @@
-"""An issuer's public keys: a JWKS from a file or a URL.
+"""An issuer's public keys: a JWKS from a file, from a URL, or from where the issuer's discovery document says.
 
 Fresh for as long as the issuer says (within bounds), refetched for an unknown `kid` at a bounded rate, kept
 for a while when the issuer cannot be reached. A fetch runs in a thread of its own and whoever needs it waits
 a bounded time: an issuer that hangs or dribbles costs a job two seconds once, and its next flows nothing.
-Source: RFC 7517, RFC 8037.
+Source: RFC 7517, RFC 8037; OpenID Connect Discovery 1.0, sections 3 and 4.
 
 Only public keys for signatures are taken. Key addresses and keys in a token's header (`jku`, `jwk`, `x5u`,
 `x5c`) are never used.
@@ -22,24 +22,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx
 import jwt
 
 from sidecar.errors import IdentityError
+from sidecar.identity.bounded_http import ask
 
 log = logging.getLogger(__name__)
 
+DISCOVERY: Final = "/.well-known/openid-configuration"
 MAX_JWKS_BYTES: Final = 1024 * 1024
 MAX_KEYS: Final = 256
 MAX_KID_CHARS: Final = 1024
 MIN_RSA_BITS: Final = 2048
 """RFC 7518, section 3.3."""
 WAIT_S: Final = 2.0
-"""What a flow waits for keys at most."""
-FETCH_S: Final = 10.0
-"""What one fetch may take in all; it goes on after the first waiter gave up, so that the next one finds
-keys."""
+"""What a flow waits for keys at most. A fetch goes on after the first waiter gave up, so that the next one finds keys."""
 FRESH_S: Final = 300.0
 """How long keys are used without asking again where the issuer does not say."""
 MIN_FRESH_S: Final = 60.0
@@ -72,9 +72,15 @@ class _Fetched:
 
 
 class KeySet:
-    """One issuer's keys. Thread-safe. Blocks up to `WAIT_S`: call it outside the event loop."""
+    """One issuer's keys. Thread-safe. Blocks up to `WAIT_S`: call it outside the event loop.
 
-    def __init__(self, location: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    `location` is a file or an address; None: what the discovery document of `issuer` names."""
+
+    def __init__(
+        self, location: str | None, issuer: str = "", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._discovers = location is None
+        location = issuer if location is None else location
         self._is_url = location.startswith(("http://", "https://"))
         self._location = location if self._is_url else location.removeprefix("file://")
         self._clock = clock
@@ -187,7 +193,8 @@ class KeySet:
         fetched: _Fetched | None = None
         problem = ""
         try:
-            fetched = fetch_jwks(self._location)
+            url = discover(self._location) if self._discovers else self._location
+            fetched = fetch_jwks(url)
         except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
             problem = f"{type(error).__name__}: {error}"[:200]
         finally:
@@ -214,26 +221,30 @@ class KeySet:
         self._error = problem
 
 
+def discover(issuer: str) -> str:
+    """Where the issuer says its key set is. Blocks up to about `bounded_http.FETCH_S`. Raises OSError, ValueError or httpx.HTTPError."""
+    body, _ = ask("GET", issuer.rstrip("/") + DISCOVERY, max_bytes=MAX_JWKS_BYTES)
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("the discovery document is no JSON") from None
+    if not isinstance(document, dict) or document.get("issuer") != issuer:
+        raise ValueError("the discovery document is another issuer's")
+    address = document.get("jwks_uri")
+    if not isinstance(address, str):
+        raise ValueError("the discovery document has no jwks_uri")
+    parts = urlsplit(address)
+    if parts.scheme != "https" and not (parts.scheme == "http" and issuer.startswith("http://")):
+        raise ValueError("the discovery document's jwks_uri is no https address")
+    return address
+
+
 def fetch_jwks(url: str) -> _Fetched:
-    """Blocks up to about `FETCH_S`. Raises OSError, ValueError or httpx.HTTPError. Redirects are not
-    followed: the configuration names the keys' place, and nobody else does."""
-    deadline = time.monotonic() + FETCH_S
-    timeout = httpx.Timeout(FETCH_S, connect=5.0, read=5.0)
-    with httpx.stream(
-        "GET", url, timeout=timeout, follow_redirects=False, headers={"accept": "application/json"}
-    ) as response:
-        if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}")
-        body = bytearray()
-        for chunk in response.iter_bytes(16_384):
-            body += chunk
-            if len(body) > MAX_JWKS_BYTES:
-                raise ValueError(f"more than {MAX_JWKS_BYTES} bytes")
-            if time.monotonic() > deadline:
-                raise ValueError(f"not complete within {FETCH_S:.0f} s")
-        match = _MAX_AGE.search(response.headers.get("cache-control", ""))
+    """Blocks up to about `bounded_http.FETCH_S`. Raises OSError, ValueError or httpx.HTTPError."""
+    body, headers = ask("GET", url, max_bytes=MAX_JWKS_BYTES)
+    match = _MAX_AGE.search(headers.get("cache-control", ""))
     fresh_s = min(max(float(match[1]), MIN_FRESH_S), MAX_FRESH_S) if match else FRESH_S
-    return _Fetched(parse_jwks(bytes(body)), fresh_s)
+    return _Fetched(parse_jwks(body), fresh_s)
 
 
 def parse_jwks(raw: bytes) -> tuple[PublicKey, ...]:

@@ -19,7 +19,7 @@ from typing import Final
 from sidecar.config import Identity
 from sidecar.errors import IdentityError
 from sidecar.identity.keys import WAIT_S
-from sidecar.identity.sources import WorkloadContext, find_token
+from sidecar.identity.sources import TokenFinder, WorkloadContext
 from sidecar.identity.verify import Verifier
 from sidecar.model.principal import Principal
 from sidecar.model.secret import Secret
@@ -59,6 +59,7 @@ class IdentityService:
     def __init__(self, config: Identity, *, wait_s: float = WAIT_S) -> None:
         self._config = config
         self._wait_s = wait_s
+        self._finder = TokenFinder(config.sources)
         self._verifier = Verifier(config.issuers, max_age_s=config.max_age_s)
         self._lock = threading.Lock()
         self._remembered: dict[bytes, _Verdict] = {}
@@ -66,7 +67,7 @@ class IdentityService:
     def identify(self, context: WorkloadContext) -> Identified:
         """Never raises; takes `wait_s` at most where an issuer does not answer."""
         try:
-            found = find_token(self._config.sources, context)
+            found = self._finder.find(context, self._wait_s)
         except IdentityError as error:
             return Identified(None, None, error.reason, error.message)
         if found is None:

@@ -7,10 +7,6 @@ practices), OpenID Connect Core 1.0, section 3.1.3.7.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import re
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -20,8 +16,8 @@ import jwt
 from sidecar.config import IssuerDocument
 from sidecar.documents import parse_duration
 from sidecar.errors import IdentityError
+from sidecar.identity.compact import MAX_TOKEN_BYTES, peek
 from sidecar.identity.keys import MAX_KID_CHARS, WAIT_S, KeySet, PublicKey
-from sidecar.identity.sources import MAX_TOKEN_BYTES
 from sidecar.model.principal import Principal
 from sidecar.model.secret import Secret
 
@@ -29,6 +25,7 @@ REASONS: Final[Mapping[str, str]] = {
     "no_token": "no source yielded a token",
     "process_gone": "the process had exited before its token could be read",
     "source_unsafe": "the token file is of a kind, owner or mode that is not trusted",
+    "source_unavailable": "the token's source could not be asked, or did not answer in time",
     "too_large": "the token is larger than 64 KiB",
     "malformed": "it is no signed JWT, or a claim has the wrong type",
     "critical_header": "its header demands an extension that is not understood",
@@ -56,7 +53,6 @@ NEVER: Final = frozenset({"NONE", "HS256", "HS384", "HS512"})
 """Refused whatever the configuration says: no signature at all, or one that every reader of the public key
 could make."""
 
-_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _TIMES: Final = ("exp", "nbf", "iat")
 
 
@@ -69,7 +65,7 @@ class Verifier:
         *,
         max_age_s: float | None = None,
     ) -> None:
-        self._issuers = {issuer.issuer: (issuer, KeySet(issuer.jwks)) for issuer in issuers}
+        self._issuers = {issuer.issuer: (issuer, KeySet(issuer.jwks, issuer.issuer)) for issuer in issuers}
         self._max_age_s = max_age_s
 
     def verify(self, token: Secret, source: str, wait_s: float = WAIT_S) -> Principal:
@@ -173,40 +169,6 @@ def _check_types(claims: dict[str, Any]) -> None:
         raise IdentityError("the token lacks sub", reason="missing_claim")
     if len(subject) > MAX_SUBJECT_CHARS or len(claims) > MAX_CLAIMS:
         raise IdentityError("the token's sub is too long, or it has too many claims", reason="too_large")
-
-
-def peek(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and claims of a compact JWS, *unverified*. Raises IdentityError: `malformed`,
-    `critical_header`."""
-    if not _COMPACT.fullmatch(text):
-        raise IdentityError("the token is no JWT: not three parts of base64url", reason="malformed")
-    header_part, claims_part, _ = text.split(".")
-    header, claims = _json_object(header_part, "header"), _json_object(claims_part, "claims")
-    if "crit" in header or header.get("b64", True) is not True:
-        raise IdentityError("the token demands an extension that is not understood", reason="critical_header")
-    return header, claims
-
-
-def _json_object(part: str, what: str) -> dict[str, Any]:
-    """Strict: no name twice (two readers could see two tokens), no NaN."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name stands twice")
-        return found
-
-    def refuse(word: str) -> float:
-        raise ValueError(f"{word} is no number")
-
-    try:
-        raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (binascii.Error, ValueError, RecursionError) as error:
-        raise IdentityError(f"the token's {what} cannot be read", reason="malformed") from error
-    if not isinstance(found, dict):
-        raise IdentityError(f"the token's {what} is no object", reason="malformed")
-    return found
 
 
 def _algorithm(header: dict[str, Any], issuer: IssuerDocument) -> str:

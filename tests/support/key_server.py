@@ -4,45 +4,40 @@ from __future__ import annotations
 
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tests.support.loopback_http import LoopbackServer
 
-class KeyServer:
+
+class KeyServer(LoopbackServer):
     """`mode`: `serve`, `garbage`, `huge`, `error`, `redirect`, `hang`, `dribble`. `requests` counts what
     came."""
 
     def __init__(self, document: dict[str, Any]) -> None:
+        super().__init__()
         self.document = document
         self.mode = "serve"
         self.cache_control = ""
         self.requests = 0
-        self.released = threading.Event()
-        owner = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                owner.requests += 1
-                owner._answer(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Silent: a test's output is its assertion."""
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self.issuer = ""
+        self.discovery: dict[str, Any] = {}
+        """What /.well-known/openid-configuration answers."""
+        self.paths: list[str] = []
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/jwks"
+        return f"{self.origin}/jwks"
 
-    def _answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        self.requests += 1
+        self.paths.append(request.path)
         if self.mode == "hang":
             self.released.wait(10)
             return
-        body = json.dumps(self.document).encode()
+        discovers = request.path == "/.well-known/openid-configuration"
+        body = json.dumps(self.discovery if discovers else self.document).encode()
         if self.mode == "garbage":
             body = b"<html>sign in</html>"
         elif self.mode == "huge":
@@ -66,21 +61,8 @@ class KeyServer:
         except OSError:
             return  # the client had enough
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
-
 
 @contextmanager
 def key_server(document: dict[str, Any]) -> Iterator[KeyServer]:
-    server = KeyServer(document)
-    server.start()
-    try:
+    with KeyServer(document) as server:
         yield server
-    finally:
-        server.stop()

@@ -227,7 +227,18 @@ REFUSED = [
     ("steering:\n  on_failure: ope\n", 2, "open"),
     ("identity:\n  required: true\n", 2, "nothing could ever be verified"),
     ("identity:\n  required: 'yes'\n", 2, "required"),
-    ("identity:\n  sources:\n    - github_actions: {audience: sidecar}\n", 3, "not supported yet"),
+    ("identity:\n  sources:\n    - spiffe: {}\n", 3, "not supported yet"),
+    ("identity:\n  sources:\n    - github_actions: {}\n", 3, "audience"),
+    ("identity:\n  sources:\n    - github_actions: {audience: ''}\n", 3, "for nobody"),
+    ("identity:\n  sources:\n    - github_actions: {audience: a, hosts: ['*']}\n", 3, "host name"),
+    ("identity:\n  sources:\n    - buildkite: {audience: a, hosts: [https://a.test]}\n", 3, "host name"),
+    ("identity:\n  sources:\n    - google: {audience: a, endpoint: metadata}\n", 3, "address"),
+    ("identity:\n  sources:\n    - kubernetes: {path: token}\n", 3, "absolute"),
+    ("identity:\n  sources:\n    - gitlab: {name: 1x}\n", 3, "variable"),
+    ("identity:\n  sources:\n    - command: {argv: []}\n", 3, "absolute path"),
+    ("identity:\n  sources:\n    - command: {argv: [token]}\n", 3, "absolute path"),
+    ("identity:\n  sources:\n    - command: {argv: [/bin/token], timeout: 5m}\n", 3, "more than"),
+    ("identity:\n  sources:\n    - github_action: {audience: a}\n", 3, "github_actions"),
     ("identity:\n  sources:\n    - vault: {}\n", 3, "vault"),
     ("identity:\n  sources:\n    - enc: {name: X}\n", 3, "env"),
     ("identity:\n  sources:\n    - {}\n", 3, "exactly one"),
@@ -383,7 +394,7 @@ def test_nothing_is_documented_that_is_not_there() -> None:
 def test_what_is_not_supported_yet_of_the_contract_is_said() -> None:
     assert ("targets", "*", "credentials") in NOT_YET
     assert "`targets.credentials` is not supported yet" in PAGE
-    assert "`github_actions` is not supported yet" in PAGE
+    assert "`spiffe` is not supported yet" in PAGE
 
 
 def test_the_example_names_every_setting() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -229,3 +230,47 @@ def test_a_private_half_is_never_taken() -> None:
 
     (found,) = parse_jwks(json.dumps({"keys": [{**EC, "d": "AAAA"}]}).encode())
     assert isinstance(found.key, EllipticCurvePublicKey)
+
+
+# -- discovery
+
+
+@pytest.fixture
+def issuing() -> Iterator[KeyServer]:
+    with key_server({"keys": [EC]}) as running:
+        running.issuer = running.url.removesuffix("/jwks")
+        running.discovery = {"issuer": running.issuer, "jwks_uri": running.url}
+        yield running
+
+
+def test_discovery(issuing: KeyServer) -> None:
+    (found,) = KeySet(None, issuing.issuer).candidates("ec", "ES256")
+    assert found.kid == "ec"
+    assert issuing.paths == ["/.well-known/openid-configuration", "/jwks"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"issuer": "https://another.test"}, "another issuer's"),
+        ({"issuer": None}, "another issuer's"),
+        ({"jwks_uri": None}, "no jwks_uri"),
+        ({"jwks_uri": "file:///etc/passwd"}, "no https address"),
+        ({"jwks_uri": "ftp://127.0.0.1/x"}, "no https address"),
+    ],
+)
+def test_discovery_that_is_refused(issuing: KeyServer, changed: dict[str, Any], words: str) -> None:
+    issuing.discovery |= changed
+    with pytest.raises(IdentityError, match=words) as caught:
+        KeySet(None, issuing.issuer).candidates("ec", "ES256")
+    assert caught.value.reason == "keys_unavailable"
+
+
+def test_a_rotation_behind_discovery(issuing: KeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that nobody knows makes both documents be read again; the key set may have moved as well."""
+    key_set = KeySet(None, issuing.issuer)
+    assert key_set.candidates("ec", "ES256")
+    issuing.document = {"keys": [new_key("next", "ES256").public_jwk()]}
+    monkeypatch.setattr(keys, "REFETCH_S", 0.0)
+    (found,) = key_set.candidates("next", "ES256")
+    assert found.kid == "next"

@@ -15,7 +15,7 @@ import pytest
 from sidecar.attribution.resolver import Resolver
 from sidecar.config import EnvSource, FileSource, SourceDocument
 from sidecar.errors import IdentityError
-from sidecar.identity.sources import WorkloadContext, expand_path, find_token
+from sidecar.identity.sources import TokenFinder, WorkloadContext, expand_path
 from sidecar.identity.token_file import only_root_placed
 from tests.support.job_process import job, job_below, scratch, seen
 
@@ -43,13 +43,13 @@ def context_of(pid: int, uid: int = 0, gid: int | None = None) -> WorkloadContex
 
 
 def found(sources: tuple[SourceDocument, ...], context: WorkloadContext) -> str | None:
-    token = find_token(sources, context)
+    token = TokenFinder(sources).find(context, 2.0)
     return token.token.reveal() if token else None
 
 
 def refused(sources: tuple[SourceDocument, ...], context: WorkloadContext) -> str:
     with pytest.raises(IdentityError) as caught:
-        find_token(sources, context)
+        TokenFinder(sources).find(context, 2.0)
     return caught.value.reason
 
 
