@@ -29,14 +29,14 @@ from sidecar.audit.shipper import Shipper
 from sidecar.audit.spool import Spool, StreamHandle, StreamWriter
 from sidecar.audit.writer import segment_bytes
 from sidecar.config import Config
-from sidecar.control.protocol import RUN_DIRECTORY, DriftStatus, socket_path
+from sidecar.control.protocol import DriftStatus, socket_path
 from sidecar.control.server import ControlServer
 from sidecar.control.server import Refusal as ControlRefusal
 from sidecar.embedded_collector import EmbeddedCollector
 from sidecar.errors import AuditError, PrerequisiteError, SidecarError
 from sidecar.identity.assertion import AssertionSigner
 from sidecar.identity.service import IdentityService
-from sidecar.kernel import cgroups
+from sidecar.kernel import cgroups, run_state
 from sidecar.kernel.steering import Steering, SteeringPlan
 from sidecar.launch import invoking_user, launch
 from sidecar.model.flow import FlowFacts
@@ -129,7 +129,7 @@ class Agent:
         self._rotating = False
         self._control: ControlServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._cgroup_made = False
+        self._begun = False
         self.holds = HoldDesk(self.instance, self._hold_decided)
         self.stopping = asyncio.Event()
         self._event_loop = asyncio.get_running_loop()
@@ -145,8 +145,9 @@ class Agent:
         self._watch_names()
         loop = asyncio.get_running_loop()
         names = loop.run_in_executor(self._names_thread, self.names.refresh)
+        run_state.save(self.instance)
+        self._begun = True
         inspector, job = cgroups.create(self.instance)
-        self._cgroup_made = True
         cgroups.move(os.getpid(), inspector)
         if self.mode == "exec":
             self.job_cgroup = job
@@ -265,13 +266,11 @@ class Agent:
             await self.collector.stop()
 
     async def _remove_traces(self) -> None:
-        if self._cgroup_made:
+        if self._begun:
             await asyncio.to_thread(cgroups.remove, self.instance)
+            await asyncio.to_thread(run_state.end, self.instance)
         for thread in (self._kernel_thread, self._spool_thread, self._names_thread, self._reader_thread):
             thread.shutdown(wait=False, cancel_futures=True)
-        directory = RUN_DIRECTORY / self.instance
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
 
     def _start_shipping(self) -> None:
         assert self.spool is not None

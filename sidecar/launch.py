@@ -225,8 +225,8 @@ def _undo(instance: str | None, job_cgroup: Path | None) -> None:
 
 
 def _is_left(instance: str) -> bool:
-    """Cgroups are made first and the state file is written before anything is attached: without both there is
-    nothing. (Looking into the kernel itself would cost each `exec` the import of pyroute2.)"""
+    """The state file is the first that an instance makes and the last that goes: without it, and without a
+    cgroup, there is nothing. (Looking into the kernel itself would cost each `exec` the import of pyroute2.)"""
     try:
         return (RUN_DIRECTORY / instance).is_dir() or cgroups.instance_directory(instance).is_dir()
     except PrerequisiteError:

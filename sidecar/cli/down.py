@@ -46,8 +46,8 @@ def down(instance: str | None, dead: bool, as_json: bool) -> None:
         if entry is not None and _stop(entry):
             stopped.append(name)
         removed += remove_all(name)
-    if not instance and not kept:
-        removed += remove_all(None)  # also what has no run directory any more
+    if not instance:
+        removed += remove_all(None, ended_only=dead)  # also what has no run directory any more
     if as_json:
         output.emit_json({"stopped": stopped, "removed": removed, "kept": kept})
         return

@@ -8,9 +8,11 @@ real headers they are not needed and not used, so that every host compiles the s
 from __future__ import annotations
 
 import array
+import ctypes
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +41,7 @@ TIMEOUT_S: Final = 120.0
 
 PROG_TYPE_CGROUP_SKB, PROG_TYPE_CGROUP_SOCK_ADDR = 8, 18
 _USE_HEADERS: Final = "SIDECAR_KERNEL_HEADERS"
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def source_directory() -> Path:
@@ -76,7 +79,14 @@ def load(owners_pin: Path) -> dict[str, int]:
     with ours:
         with theirs:
             child = subprocess.Popen(
-                [sys.executable, "-m", "sidecar.kernel.loader", str(theirs.fileno()), str(owners_pin)],
+                [
+                    sys.executable,
+                    "-m",
+                    "sidecar.kernel.loader",
+                    str(theirs.fileno()),
+                    str(owners_pin),
+                    str(os.getpid()),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -130,7 +140,15 @@ def _compile(owners_pin: Path) -> tuple[list[str], list[int]]:
     return names, descriptors
 
 
+def _die_with(parent: int) -> None:
+    """A compiler whose supervisor was killed must make nothing any more (prctl(2), PR_SET_PDEATHSIG); it may have been killed before."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != parent:
+        sys.exit("the process that wanted the hooks is gone")
+
+
 def main() -> int:
+    _die_with(int(sys.argv[3]))
     names, descriptors = _compile(Path(sys.argv[2]))
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         sock.sendmsg(

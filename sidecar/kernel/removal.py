@@ -15,11 +15,14 @@ from sidecar.kernel.run_state import (
     OWNERS_PIN,
     RUN_DIRECTORY,
     alive,
+    clear,
     forget,
     run_directories,
     states,
     unmount_if_unused,
 )
+
+CONTROL_SOCKET = "control.sock"
 
 
 def _recorded(state: dict[str, object]) -> list[tuple[str, Path, int]]:
@@ -136,7 +139,7 @@ def _remove(instance: str, state: dict[str, object]) -> list[str]:
 
 
 def _clear_run_directory(instance: str) -> None:
-    (RUN_DIRECTORY / instance / "control.sock").unlink(missing_ok=True)
+    (RUN_DIRECTORY / instance / CONTROL_SOCKET).unlink(missing_ok=True)
     forget(instance)
 
 
@@ -163,7 +166,7 @@ def remove_dead(*, except_for: str, covered: tuple[Path, ...]) -> list[str]:
 def has_ended(instance: str) -> bool:
     """Whether nobody runs or starts this instance: what it has left may go."""
     state = states().get(instance)
-    if state is None:  # not begun to steer yet, or crashed before that
+    if state is None:  # its state is the first that it writes; somebody may have emptied /run
         return not cgroups.processes(cgroups.instance_directory(instance) / "inspector")
     return not alive(state)
 
@@ -173,25 +176,31 @@ def known_instances() -> list[str]:
     return sorted({*run_directories(), *cgroups.instances()})
 
 
-def remove_all(instance: str | None = None) -> list[str]:
-    """`sidecar down`: remove every trace of `instance`, or of all. Idempotent; also after SIGKILL. Names what it removed.
+def remove_all(instance: str | None = None, *, ended_only: bool = False) -> list[str]:
+    """`sidecar down`: remove every trace of `instance`, or of all, or of all that have ended. Idempotent; also after SIGKILL. Names
+    what it removed.
 
     Live supervisors are asked to stop first by the caller; one that does not answer is killed here.
     """
+
+    def wanted(name: str) -> bool:
+        return name == instance if instance is not None else not ended_only or has_ended(name)
+
     removed = []
     for name, state in states().items():
-        if instance in (None, name):
+        if wanted(name):
             removed += _remove(name, state)
     if instance is None:
         removed += _detach(_stray_hooks())
     for name in nft.tables():
-        if instance in (None, name.removeprefix(nft.PREFIX)) and nft.delete(name):
+        if wanted(name.removeprefix(nft.PREFIX)) and nft.delete(name):
             removed.append(f"table inet {name}")
     for name in cgroups.instances():
-        if instance in (None, name):
+        if wanted(name):
             removed += cgroups.remove(name)
-    for name in run_directories():  # of those that crashed before they wrote what they would attach
-        if instance in (None, name):
-            _clear_run_directory(name)
+    for name in run_directories():  # of those that crashed before they wrote who they are
+        if wanted(name) and name not in states():
+            (RUN_DIRECTORY / name / CONTROL_SOCKET).unlink(missing_ok=True)
+            clear(name)
     unmount_if_unused()
     return removed

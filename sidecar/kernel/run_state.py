@@ -1,17 +1,18 @@
 """What instances share outside their processes: /run/sidecar, its lock, its bpffs, and each instance's state file.
 
-`steering.json` (root only) says what an instance is about to attach, before it does: what a crash leaves can be removed.
+`steering.json` (root only) is the first thing that an instance makes and the last that goes. It says who the instance is, before there
+is a cgroup, and what it is about to attach, before it does: whatever a crash leaves can be found, and is known to be dead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
 import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,9 @@ STATE_FILE: Final = "steering.json"
 STATE_FILE_NEW: Final = "steering.new"
 INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
 LOCK_FILE: Final = RUN_DIRECTORY / "lock"
+_SAVE_ATTEMPTS: Final = 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextlib.contextmanager
@@ -40,20 +44,15 @@ def host_lock() -> Iterator[None]:
 
 
 def mount_bpf() -> None:
-    """A bpffs at /run/sidecar/bpf, root only. Idempotent."""
+    """A bpffs at /run/sidecar/bpf, root only. Idempotent. By mount(2) itself: a mount(8) of ours could outlive us when we are killed,
+    and mount what was just removed."""
     RUN_DIRECTORY.mkdir(mode=0o755, exist_ok=True)
     BPF_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-    if not os.path.ismount(BPF_DIRECTORY):
-        done = subprocess.run(
-            ["mount", "-t", "bpf", "-o", "mode=0700", "sidecar", str(BPF_DIRECTORY)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise SteeringError(
-                f"a BPF file system cannot be mounted: {done.stderr.strip()}", hint="sidecar doctor"
-            )
+    if os.path.ismount(BPF_DIRECTORY):
+        return
+    if _libc.mount(b"sidecar", os.fsencode(BPF_DIRECTORY), b"bpf", ctypes.c_ulong(0), b"mode=0700") != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise SteeringError(f"a BPF file system cannot be mounted: {reason}", hint="sidecar doctor")
 
 
 def start_ticks(pid: int) -> int:
@@ -73,11 +72,66 @@ def run_directories() -> list[str]:
     return sorted(entry.name for entry in RUN_DIRECTORY.iterdir() if INSTANCE_NAME.fullmatch(entry.name))
 
 
-def forget(instance: str) -> None:
+def save(
+    instance: str,
+    *,
+    scopes: Sequence[str] | None = None,
+    table: str = "",
+    owned: Sequence[int] = (),
+    attached: Sequence[tuple[str, str, int]] = (),
+) -> None:
+    """Write the state of `instance`, which this process is.
+
+    `scopes`: cgroups that it steers for the whole host, None for an `exec`; `table`: its nft table; `owned`: ids of cgroups in the shared
+    map; `attached`: (hook, cgroup, program id). Raises OSError.
+    """
+    state = {
+        "pid": os.getpid(),
+        "started": start_ticks(os.getpid()),
+        "netns": os.readlink("/proc/self/ns/net"),
+        "scopes": scopes,
+        "table": table,
+        "owned": owned,
+        "attached": attached,
+    }
     directory = RUN_DIRECTORY / instance
-    for name in (STATE_FILE, STATE_FILE_NEW):
-        (directory / name).unlink(missing_ok=True)
-    if directory.is_dir() and not any(directory.iterdir()):
+    for attempt in range(_SAVE_ATTEMPTS):
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        try:
+            _write(directory, json.dumps(state))
+            return
+        except (
+            FileNotFoundError
+        ):  # a `down` has just taken the directory for one that a crash left: there was no state in it yet
+            if attempt == _SAVE_ATTEMPTS - 1:
+                raise
+
+
+def _write(directory: Path, text: str) -> None:
+    temporary = directory / STATE_FILE_NEW
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    temporary.replace(directory / STATE_FILE)
+
+
+def end(instance: str) -> None:
+    """The instance is over and nothing else of it is left. Idempotent."""
+    forget(instance)
+    unmount_if_unused()
+
+
+def forget(instance: str) -> None:
+    """Remove the state, and the directory where nothing else is in it."""
+    (RUN_DIRECTORY / instance / STATE_FILE).unlink(missing_ok=True)
+    clear(instance)
+
+
+def clear(instance: str) -> None:
+    """Remove the run directory where there is no state in it. One that is just beginning makes it again."""
+    directory = RUN_DIRECTORY / instance
+    (directory / STATE_FILE_NEW).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody's state or socket is in it, or it is gone
         directory.rmdir()
 
 
@@ -110,6 +164,8 @@ def _unmount() -> None:
     if states() or not os.path.ismount(BPF_DIRECTORY):
         return
     OWNERS_PIN.unlink(missing_ok=True)
-    subprocess.run(["umount", str(BPF_DIRECTORY)], capture_output=True, check=False)
+    _libc.umount2(
+        os.fsencode(BPF_DIRECTORY), 0
+    )  # EBUSY: somebody looks at it; the next one to end tries again
     with contextlib.suppress(OSError):
         BPF_DIRECTORY.rmdir()

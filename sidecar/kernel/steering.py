@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
-import json
 import os
 import socket
 import time
@@ -18,24 +17,12 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.errors import SidecarError, SteeringError
-from sidecar.kernel import abi, cgroups, loader, maps, nft
+from sidecar.kernel import abi, cgroups, loader, maps, nft, run_state
 from sidecar.kernel.removal import remove_all as remove_all
 from sidecar.kernel.removal import remove_dead
 from sidecar.kernel.removal import traces as traces
 from sidecar.kernel.ringbuf import EventReader
-from sidecar.kernel.run_state import (
-    OWNERS_PIN,
-    RUN_DIRECTORY,
-    STATE_FILE,
-    STATE_FILE_NEW,
-    forget,
-    host_lock,
-    mount_bpf,
-    start_ticks,
-    unmount_if_unused,
-)
-from sidecar.kernel.run_state import alive as _alive  # noqa: F401  the main job's test looks at both
-from sidecar.kernel.run_state import states as _states  # noqa: F401
+from sidecar.kernel.run_state import OWNERS_PIN, host_lock, mount_bpf
 from sidecar.model.flow import Address
 from sidecar.model.reasons import GapReason
 
@@ -167,8 +154,8 @@ class Steering:
         plan = self.plan
         with host_lock():
             mount_bpf()
-            self._fds = loader.load(OWNERS_PIN)
             self._save()  # from here on nobody takes the shared map away
+            self._fds = loader.load(OWNERS_PIN)
         self._events = EventReader(self._fds["events"])
         self._configure()
         self._own(plan.inspector_cgroup, abi.ROLE_INSPECTOR)
@@ -235,22 +222,14 @@ class Steering:
         maps.attach(program, cgroup, maps.ATTACH_TYPES[hook])
 
     def _save(self) -> None:
-        directory = RUN_DIRECTORY / self.plan.instance
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        state = {
-            "pid": os.getpid(),
-            "started": start_ticks(os.getpid()),
-            "netns": os.readlink("/proc/self/ns/net"),
-            "table": nft.table_name(self.plan.instance),
-            "owned": self._owned,
-            "attached": [[a.hook, str(a.cgroup), a.program_id] for a in self._attached],
-        }
-        path = directory / STATE_FILE
-        temporary = directory / STATE_FILE_NEW
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(state, file)
-        temporary.replace(path)
+        plan = self.plan
+        run_state.save(
+            plan.instance,
+            scopes=None if plan.exclusive else [str(cgroup) for cgroup in plan.scope_cgroups],
+            table=nft.table_name(plan.instance),
+            owned=self._owned,
+            attached=[(a.hook, str(a.cgroup), a.program_id) for a in self._attached],
+        )
 
     def beat(self) -> list[Drift]:
         """Verify, repair what drifted, then write the heartbeat. Raises where it could not be repaired: no beat is written,
@@ -339,8 +318,11 @@ class Steering:
         return found
 
     def close(self) -> None:
-        """Leave no trace. Idempotent. An exclusive scope is given up first, so that an agent at the root covers it again; then
-        the connect hooks go, the guard last: nothing marked is left unguarded; then the inspector's exemption."""
+        """Leave nothing in the kernel; cgroups and state are the caller's (`run_state.end`). Idempotent.
+
+        An exclusive scope is given up first, so that an agent at the root covers it again; then the connect hooks go, the guard last:
+        nothing marked is left unguarded; then the inspector's exemption.
+        """
         for identifier in self._owned[1:]:
             maps.delete(self._fds["owners"], ctypes.c_uint64(identifier))
         for attachment in reversed(self._attached):
@@ -359,5 +341,3 @@ class Steering:
         for descriptor in self._fds.values():
             os.close(descriptor)
         self._fds = {}
-        forget(self.plan.instance)
-        unmount_if_unused()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.kernel import cgroups, removal, steering
+from sidecar.kernel import cgroups, removal, run_state, steering
 
 pytestmark = pytest.mark.root
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "children that fork on and on": ["sh", "-c", "(trap '' TERM; while :; do sleep 0.01; done) & true"],
 }  # fmt: skip
 KILL_AFTER_S = (0.0, 0.15, 0.35, 0.6, 0.9, 1.4)
+CRASH_AFTER_S = tuple(tenth / 10 for tenth in range(17))
 
 
 @pytest.fixture
@@ -63,7 +64,10 @@ def begin(directory: Path, command: list[str]) -> subprocess.Popen[str]:
 
 def left(before: set[str]) -> list[str]:
     names = [name for name in removal.known_instances() if name not in before]
-    return [trace for name in names for trace in (f"run directory {name}", *steering.traces(name))]
+    found = [trace for name in names for trace in (f"run directory {name}", *steering.traces(name))]
+    if not removal.known_instances() and os.path.ismount(run_state.BPF_DIRECTORY):
+        found.append("the file system of the pinned map")
+    return found
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -107,9 +111,9 @@ def test_the_inspector_is_killed_while_it_starts(delay_s: float, before: set[str
     assert left(before) == [], said
 
 
-@pytest.mark.parametrize("delay_s", KILL_AFTER_S[::2])
+@pytest.mark.parametrize("delay_s", CRASH_AFTER_S)
 def test_down_removes_what_a_crash_of_all_of_it_leaves(
-    delay_s: float, before: set[str], tmp_path: Path
+    delay_s: float, busy: None, before: set[str], tmp_path: Path
 ) -> None:
     process = begin(tmp_path, ["sleep", "30"])
     inspector = inspector_of(process.pid)
@@ -137,3 +141,52 @@ def test_a_busy_start_is_not_taken_for_dead(before: set[str]) -> None:
         starting.wait()
         removal.remove_all(instance)
     assert left(before) == []
+
+
+def test_what_starts_says_who_it_is_before_it_makes_anything(before: set[str]) -> None:
+    """A crash at any point is known to be one: by the state's process, not by what else may still live in the cgroup."""
+    instance = os.urandom(4).hex()
+    code = f"from sidecar.kernel import run_state; run_state.save({instance!r}); print('saved', flush=True); input()"
+    starting = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert starting.stdout is not None
+        assert starting.stdout.readline() == b"saved\n"
+        inspector, _ = cgroups.create(instance)
+        with subprocess.Popen(["sleep", "30"]) as child:  # as its compiler, or a worker that is just ending
+            cgroups.move(child.pid, inspector)
+            assert removal.remove_all(ended_only=True) == []
+            starting.kill()
+            starting.wait()
+            assert removal.has_ended(instance)
+            assert removal.remove_all(ended_only=True) != []
+            assert child.wait(timeout=5) == -signal.SIGKILL
+    finally:
+        starting.kill()
+        starting.communicate()
+        removal.remove_all(instance)
+    assert left(before) == []
+
+
+def test_the_compiler_dies_with_whoever_wanted_the_hooks(tmp_path: Path) -> None:
+    """Also where that had died before it could ask to be told."""
+    command = [sys.executable, "-m", "sidecar.kernel.loader", "0", str(tmp_path / "owners"), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "the process that wanted the hooks is gone\n")
+
+    code = "import subprocess, sys, os; p = subprocess.Popen([*sys.argv[1:], str(os.getpid())]); print(p.pid, flush=True); p.wait()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, *command[:-1]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    deadline = time.monotonic() + 20
+    while (
+        "clang" not in Path(f"/proc/{child}/maps").read_text()
+    ):  # bcc is being imported: it has asked to be told
+        assert time.monotonic() < deadline
+    os.kill(child, signal.SIGSTOP)  # it does not end by itself
+    parent.kill()
+    parent.communicate()
+    while run_state.start_ticks(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

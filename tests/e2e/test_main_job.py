@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.audit.verify import verify
-from sidecar.kernel import cgroups, steering
+from sidecar.kernel import cgroups, run_state, steering
 from tests.support.far_host import FarHost
 from tests.support.postgres_server import PostgresServer
 from tests.support.tokens import Issuer
@@ -259,8 +259,8 @@ def dead_traces(but: frozenset[str] = frozenset()) -> frozenset[str]:
     something before it: `but`.)"""
     found = frozenset(
         trace
-        for name in {*steering._states(), *cgroups.instances()}
-        if not steering._alive(steering._states().get(name, {}))
+        for name in {*run_state.states(), *cgroups.instances()}
+        if not run_state.alive(run_state.states().get(name, {}))
         for trace in steering.traces(name)
     )
     return found - but

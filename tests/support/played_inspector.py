@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sidecar.kernel import cgroups, nft
+from sidecar.kernel import cgroups, nft, run_state
 from sidecar.kernel.original_destination import original_destination
 from sidecar.kernel.steering import Steering, SteeringPlan
 from sidecar.model.flow import Address
@@ -73,6 +73,7 @@ class PlayedInspector:
 class _Played:
     def __init__(self, options: dict[str, Any]) -> None:
         self.instance = options["instance"]
+        run_state.save(self.instance)
         inspector, job = cgroups.create(self.instance)
         cgroups.move(os.getpid(), inspector)
         self.v4 = self._bind(socket.AF_INET, "127.0.0.1", 0)
@@ -100,6 +101,9 @@ class _Played:
 
     def _bind(self, family: int, host: str, port: int) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # its closed connections do not keep the port
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((host, port))
@@ -187,6 +191,7 @@ class _Played:
         finally:
             self.steering.close()
             cgroups.remove(self.instance)
+            run_state.end(self.instance)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from sidecar.kernel import cgroups, steering
+from sidecar.kernel import cgroups, run_state, steering
 from sidecar.kernel.original_destination import original_destination
 from sidecar.model.flow import Address
 
 instance = os.urandom(4).hex()
+run_state.save(instance)
 inspector, job = cgroups.create(instance)
 cgroups.move(os.getpid(), inspector)
 ROOT = cgroups.cgroup2_mount()
@@ -188,6 +189,7 @@ try:
 finally:
     steer.close()
     cgroups.remove(instance)
+    run_state.end(instance)
 found["left"] = steering.traces(instance)
 found["hooks_gone"] = not any(Path(ROOT / "sidecar" / instance).glob("*"))
 print(json.dumps(found))

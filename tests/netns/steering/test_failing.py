@@ -100,7 +100,7 @@ def test_a_killed_supervisor_fails_closed_until_removed(host: FarHost, dial: Dia
         inspector.kill()
         # Before the heartbeat is stale: the redirect meets no listener.
         assert outcome(dial(inspector.job, CONNECT)) in ("ConnectionRefusedError", "PermissionError")
-        bind = f"s = socket.socket(); s.bind(('127.0.0.1', {inspector.port})); print('bound')"
+        bind = f"s = socket.socket(); s.setsockopt(1, 2, 1); s.bind(('127.0.0.1', {inspector.port})); print('bound')"
         bind6 = f"s = socket.socket(10); s.bind(('::', {inspector.port})); print('bound')"
         with job_cgroup() as elsewhere:
             for uid, code in ((NOBODY, bind), (NOBODY, bind6), (0, bind)):
