@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
@@ -50,6 +50,9 @@ from sidecar.proxy.policy_file import PolicySource
 from sidecar.proxy.resolve import FlowResolver, Refusal
 from sidecar.proxy.targets import REFRESH_S, NameBook
 from sidecar.proxy.workers import WorkerHandle, WorkerPool
+
+if TYPE_CHECKING:
+    from sidecar.attribution.docker_engine import ContainerEngines
 
 log = logging.getLogger("sidecar")
 
@@ -130,6 +133,7 @@ class Agent:
         self._control: ControlServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._begun = False
+        self.engines: ContainerEngines | None = None
         self.holds = HoldDesk(self.instance, self._hold_decided)
         self.stopping = asyncio.Event()
         self._event_loop = asyncio.get_running_loop()
@@ -185,7 +189,8 @@ class Agent:
                 foreign_netns="refuse" if self.mode == "exec" else "record",
             )
         )
-        self.resolver = FlowResolver(config, self.steering, Resolver(), self.identity, self.names)
+        self._watch_containers()
+        self.resolver = FlowResolver(config, self.steering, Resolver(self.engines), self.identity, self.names)
         try:
             async with asyncio.timeout(5):
                 await names
@@ -204,6 +209,15 @@ class Agent:
         assert self.steering is not None
         self.steering.start()
         self.steering.beat()
+
+    def _watch_containers(self) -> None:
+        """An `exec` on a host without engines is spared the import of their library, which takes a tenth of a second."""
+        addresses = self.config.attribution.engines
+        if self.mode == "run" or any(Path(address.removeprefix("unix://")).exists() for address in addresses):
+            from sidecar.attribution.docker_engine import ContainerEngines
+
+            self.engines = ContainerEngines(addresses)
+            self.engines.start()
 
     def _scope(self, job: Path) -> tuple[Path, ...]:
         scope = self.config.steering.scope
@@ -247,6 +261,8 @@ class Agent:
             self._listeners.close()
         if self.resolver is not None:
             self.resolver.close()
+        if self.engines is not None:
+            self.engines.stop()
 
     async def _stop_recording(self) -> None:
         if self.spool is None:

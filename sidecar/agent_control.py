@@ -108,7 +108,7 @@ class AgentControl:
                 error="; ".join(agent.identity.problems()) or None,
             ),
             gaps=dict(agent.gaps),
-            limitations=config.limitations(),
+            limitations=(*config.limitations(), *(agent.engines.problems() if agent.engines else ())),
             flows=len(agent.facts),
             holds=agent.holds.pending,
             command=agent.command,

@@ -59,6 +59,11 @@ class Identity(msgspec.Struct, frozen=True):
     max_age_s: float | None
 
 
+class Attribution(msgspec.Struct, frozen=True):
+    engines: tuple[str, ...]
+    """Addresses of container engines: `unix:///path`."""
+
+
 class Requests(msgspec.Struct, frozen=True):
     max_bytes: int
 
@@ -115,6 +120,7 @@ class Config(msgspec.Struct, frozen=True):
     file: Path | None
     steering: Steering
     identity: Identity
+    attribution: Attribution
     targets: tuple[TargetConfig, ...]
     policy: Path | None
     audit: Audit
@@ -210,6 +216,7 @@ def _typed(document: ConfigurationDocument, file: Path | None) -> Config:
             on_failure=steering.on_failure,
         ),
         identity=_identity(document.identity, base),
+        attribution=Attribution(document.attribution.engines),
         targets=tuple(_target(target, base) for target in document.targets),
         policy=base / document.policy if document.policy else None,
         audit=Audit(
@@ -266,6 +273,7 @@ def _secret(secret: SecretFile | None, base: Path) -> SecretFile | None:
 __all__ = [
     "DEFAULT_FILE",
     "AttachDocument",
+    "Attribution",
     "Audit",
     "Config",
     "EnvSource",

@@ -170,6 +170,15 @@ class Checker:
             self._source(source, index)
         self._issuers(document.identity.issuers)
         self._identity(document)
+        for index, engine in enumerate(document.attribution.engines):
+            if not engine.startswith("unix:///"):
+                raise self.fail(
+                    f"{engine!r} is no socket of this host",
+                    "attribution",
+                    "engines",
+                    index,
+                    hint="such as unix:///run/docker.sock",
+                )
         if len(document.targets) > MAX_TARGETS:
             raise self.fail(f"at most {MAX_TARGETS} targets", "targets")
         names: set[str] = set()

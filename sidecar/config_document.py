@@ -17,6 +17,7 @@ from sidecar.model.secret import Secret
 
 DEFAULT_AUDIT_DIRECTORY: Final = "/var/lib/sidecar/audit"
 DEFAULT_PORTS: Final = {5432: "postgres", 80: "auto", 443: "auto", 8080: "auto"}
+DEFAULT_ENGINES: Final = ("unix:///run/docker.sock", "unix:///run/podman/podman.sock")
 DEFAULT_EXCLUDE: Final = ("169.254.0.0/16",)
 DEFAULT_ALGORITHMS: Final = (
     "RS256",
@@ -215,6 +216,10 @@ class IdentityDocument(Shape, frozen=True):
     max_age: str | int | None = None
 
 
+class AttributionDocument(Shape, frozen=True):
+    engines: tuple[str, ...] = DEFAULT_ENGINES
+
+
 class TlsDocument(Shape, frozen=True):
     mode: Literal["disable", "require", "verify-ca", "verify-full", "passthrough"]
     ca: str | None = None
@@ -259,6 +264,7 @@ class MasksDocument(Shape, frozen=True):
 class ConfigurationDocument(Shape, frozen=True):
     steering: SteeringDocument = SteeringDocument()
     identity: IdentityDocument = IdentityDocument()
+    attribution: AttributionDocument = AttributionDocument()
     targets: tuple[TargetDocument, ...] = ()
     policy: str | None = None
     audit: AuditDocument = AuditDocument()

@@ -17,7 +17,7 @@ from sidecar.attribution import cgroup, ci, procfs
 from sidecar.attribution.lineage import Ancestor, Lineage, places, within_job
 from sidecar.attribution.redaction import redact_cmdline
 from sidecar.model.origin import Origin
-from sidecar.model.workload import CiJob, Workload, WorkloadContext
+from sidecar.model.workload import CiJob, Container, Workload, WorkloadContext
 
 DEMANDS_TLS: Final = frozenset({"require", "verify-ca", "verify-full"})
 _SSLMODE: Final = re.compile(r"(?i)(?<![a-z])sslmode\s*=\s*'?\s*([a-z-]+)")
@@ -70,12 +70,20 @@ def started_after(stat: procfs.Stat, ktime_ns: int) -> bool:
     return stat.start_ticks * procfs.TICK_NS > ktime_ns + boot_offset_ns()
 
 
-class Resolver:
-    """Thread-safe."""
+class Describer(Protocol):
+    """docker_engine.ContainerEngines."""
 
-    def __init__(self) -> None:
+    def describe(self, container: Container) -> Container: ...
+    def at_cgroup(self, cgroup_id: int) -> Container | None: ...
+
+
+class Resolver:
+    """Thread-safe. Without `engines`, a container is known by its id only."""
+
+    def __init__(self, engines: Describer | None = None) -> None:
         self._paths = cgroup.CgroupPaths()
         self._lineage = Lineage()
+        self._engines = engines
 
     def resolve(self, seen: KernelOrigin) -> Attributed:
         """Never raises for a process that has gone: then `origin.exited` is set and the kernel's facts
@@ -117,7 +125,7 @@ class Resolver:
             facts.append(("login_uid", str(login)))
         return Attributed(
             origin=origin,
-            workload=_workload(
+            workload=self._workload(
                 origin, (path, *cgroup.naming_paths(cgroups)), _job(environ, job_ancestors), tuple(facts)
             ),
             context=WorkloadContext(
@@ -147,28 +155,32 @@ class Resolver:
             exited=True,
         )
         context = WorkloadContext(pids=(), uid=seen.uid, environ={}, gid=seen.gid, exited=True)
-        return Attributed(origin, _workload(origin, (path,), None, ()), context, False)
+        return Attributed(origin, self._workload(origin, (path,), None, ()), context, False)
+
+    def _workload(
+        self, origin: Origin, paths: tuple[str, ...], job: CiJob | None, facts: tuple[tuple[str, str], ...]
+    ) -> Workload:
+        container = cgroup.container_of(*paths)
+        if self._engines is not None:
+            if container is not None:
+                container = self._engines.describe(container)
+            elif not origin.cgroup:
+                container = self._engines.at_cgroup(origin.cgroup_id)
+        return Workload(
+            kind="ci" if job else "container" if container else "process",
+            uid=origin.uid,
+            exe=origin.exe,
+            cgroup=origin.cgroup,
+            unit=cgroup.unit_of(*paths),
+            container=container,
+            ci=job,
+            facts=facts,
+        )
 
 
 def _job(environ: Mapping[str, str], ancestors: tuple[Ancestor, ...]) -> CiJob | None:
     """From the process's own environment, else from the nearest ancestor of the same job that has one."""
     return ci.ci_job(environ) or next((ancestor.ci for ancestor in ancestors if ancestor.ci), None)
-
-
-def _workload(
-    origin: Origin, paths: tuple[str, ...], job: CiJob | None, facts: tuple[tuple[str, str], ...]
-) -> Workload:
-    container = cgroup.container_of(*paths)
-    return Workload(
-        kind="ci" if job else "container" if container else "process",
-        uid=origin.uid,
-        exe=origin.exe,
-        cgroup=origin.cgroup,
-        unit=cgroup.unit_of(*paths),
-        container=container,
-        ci=job,
-        facts=facts,
-    )
 
 
 def demands_tls(environ: Mapping[str, str], cmdline: tuple[str, ...]) -> bool:

@@ -200,11 +200,26 @@ def _print_opening(opened: dict[str, Any]) -> None:
         f"cgroup {origin.get('cgroup')}"
     )
     _say(f"command    {_short(' '.join(origin.get('cmdline') or ()))}")
+    _print_workload(opened.get("workload") or {})
     for depth, parent in enumerate(origin.get("ancestors") or ()):
         _say(
             f"           {'  ' * depth}└ {parent['comm']}[{parent['pid']}] {_short(' '.join(parent['cmdline']), 80)}"
         )
     _say("")
+
+
+def _print_workload(workload: dict[str, Any]) -> None:
+    container, ci = workload.get("container"), workload.get("ci")
+    if container:
+        image = container.get("image") or "image not known"
+        _say(
+            f"container  {container.get('name') or '-'} {container['id'][:12]} {image} {container.get('image_id', '')}".rstrip()
+        )
+    if ci:
+        words = [
+            f"{name} {ci[name]}" for name in ("repository", "workflow", "run", "job", "step") if ci.get(name)
+        ]
+        _say(f"ci job     {ci['provider']}: {', '.join(words)}")
 
 
 @audit.command()

@@ -110,7 +110,7 @@ def facts(record: dict[str, Any]) -> dict[str, str]:
     origin = record.get("origin") or {}
     workload = record.get("workload") or {}
     principal = record.get("principal") or {}
-    ci = workload.get("ci") or {}
+    ci, container = workload.get("ci") or {}, workload.get("container") or {}
     found = {
         "protocol": target.get("protocol"),
         "host": f"{target['host']}:{target.get('port', '')}" if target.get("host") else None,
@@ -130,7 +130,14 @@ def facts(record: dict[str, Any]) -> dict[str, str]:
         "uid": origin.get("uid"),
         "cgroup": workload.get("cgroup") or origin.get("cgroup"),
         "ci job": " ".join(
-            str(part) for part in (ci.get("provider"), ci.get("repository"), ci.get("job")) if part
+            str(part)
+            for part in (ci.get("provider"), ci.get("repository"), ci.get("job"), ci.get("step"))
+            if part
+        ),
+        "container": " ".join(
+            str(part)
+            for part in (container.get("name") or container.get("id", "")[:12], container.get("image"))
+            if part
         ),
     }
     return {name: str(value) for name, value in found.items() if value not in (None, "")}

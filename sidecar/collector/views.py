@@ -188,6 +188,10 @@ def _facts(flow: str, opened: dict[str, Any], target: dict[str, Any]) -> list[Fa
     if ci:
         words = [_text(ci.get(name)) for name in ("repository", "job", "step") if ci.get(name)]
         facts.append(Fact("CI job", " / ".join(words), _text(ci.get("provider"))))
+    container = _map(workload.get("container"))
+    if container:
+        name = _text(container.get("name")) or _text(container.get("id"))[:12]
+        facts.append(Fact("Container", name, _text(container.get("image")) or "image not known"))
     if target:
         address = f"{_text(target.get('address'))}, name from {_text(target.get('host_source'))}"
         facts.append(Fact("Target", f"{_text(target.get('host'))}:{_int(target.get('port'))}", address))

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Container:
+    """`name` is empty where no engine has said more than the id; then the rest is unknown as well. `image` is as the container was
+    started with it, `image_id` its content's digest, `image_digest` the repository's (empty for an image that was built here)."""
+
     id: str
     name: str = ""
     image: str = ""
     labels: tuple[tuple[str, str], ...] = ()
+    image_id: str = ""
+    image_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

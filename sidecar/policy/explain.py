@@ -134,9 +134,19 @@ def _workload(given: dict[str, Any]) -> Workload:
         exe=str(given.get("exe", "")),
         cgroup=str(given.get("cgroup", "")),
         ci=CiJob(**{"provider": "", **ci}) if isinstance(ci, dict) else None,
-        container=Container(id="", name=str(container.get("name", "")), image=str(container.get("image", "")))
-        if isinstance(container, dict)
-        else None,
+        container=_container(container) if isinstance(container, dict) else None,
+    )
+
+
+def _container(given: dict[str, Any]) -> Container:
+    labels = given.get("labels")
+    return Container(
+        id="",
+        name=str(given.get("name", "")),
+        image=str(given.get("image", "")),
+        labels=tuple((str(name), str(value)) for name, value in labels.items())
+        if isinstance(labels, dict)
+        else (),
     )
 
 

@@ -332,15 +332,7 @@ def _workload(when: Any) -> list[Selector]:
                 found.append(Selector(f"workload.container.{name}", _container_fact(name, patterns)))
         if when.container.labels:
             wanted = tuple(when.container.labels.items())
-            found.append(
-                Selector(
-                    "workload.container.labels",
-                    lambda s: (
-                        s.facts.workload.container is not None
-                        and all(item in s.facts.workload.container.labels for item in wanted)
-                    ),
-                )
-            )
+            found.append(Selector("workload.container.labels", _container_labels(wanted)))
     return found
 
 
@@ -352,10 +344,32 @@ def _container_fact(name: str, patterns: tuple[str, ...]) -> Callable[[Subject],
     def test(subject: Subject) -> Answer:
         container = subject.facts.workload.container
         if container is None:
-            return False
+            return _in_no_container(subject)
         return _glob(patterns, getattr(container, name) or None, f"workload.container.{name}", subject)
 
     return test
+
+
+def _container_labels(wanted: tuple[tuple[str, str], ...]) -> Callable[[Subject], Answer]:
+    def test(subject: Subject) -> Answer:
+        container = subject.facts.workload.container
+        if container is None:
+            return _in_no_container(subject)
+        if not container.name and not container.labels:  # no engine has described it
+            subject.unknown("workload.container.labels")
+            return None
+        return all(item in container.labels for item in wanted)
+
+    return test
+
+
+def _in_no_container(subject: Subject) -> Answer:
+    """False, or unknown: a process that had gone before its cgroup could be seen may have been in one."""
+    origin = subject.facts.origin
+    if origin is not None and origin.exited and not origin.cgroup:
+        subject.unknown("workload.container")
+        return None
+    return False
 
 
 def _cel(text: str) -> Callable[[Subject], Answer]:
