@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Final
@@ -29,31 +31,44 @@ class HostKey:
         return f"HostKey({self.public.hex()[:16]}…)"
 
 
+@functools.lru_cache(maxsize=8)
+def _key_of(public: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(public)
+
+
 def verify(public: bytes, signature: bytes, data: bytes) -> bool:
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
+        _key_of(public).verify(signature, data)
     except (InvalidSignature, ValueError):
         return False
     return True
 
 
 def load_or_create(directory: Path, name: str = KEY_FILE, public_name: str = PUBLIC_FILE) -> HostKey:
-    """Raises AuditError where the key is unreadable, too open or does not fit its public half."""
+    """Several instances may ask at once: one of them makes it, whole or not at all. Raises AuditError where the key is unreadable,
+    too open or does not fit its public half."""
     path = directory / name
     try:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            return _load(path, directory / public_name)
-        key = HostKey(Ed25519PrivateKey.generate())
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key.private_key.private_bytes_raw())
-            file.flush()
-            os.fsync(file.fileno())
-        (directory / public_name).write_text(key.public.hex() + "\n")
+        if not path.exists():
+            _make(path)
+        return _load(path, directory / public_name)
     except OSError as error:
         raise AuditError(f"the signing key {path} cannot be used: {error.strerror}") from error
-    return key
+
+
+def _make(path: Path) -> None:
+    """Nothing where another instance was quicker."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(Ed25519PrivateKey.generate().private_bytes_raw())
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink()
 
 
 def _load(path: Path, public_path: Path) -> HostKey:
@@ -66,10 +81,20 @@ def _load(path: Path, public_path: Path) -> HostKey:
         raise AuditError(f"the signing key {path} is damaged")
     key = HostKey(Ed25519PrivateKey.from_private_bytes(raw))
     if not public_path.is_file():
-        public_path.write_text(key.public.hex() + "\n")
+        write_whole(public_path, key.public.hex() + "\n")
     if load_public(public_path) != key.public:
         raise AuditError(f"{public_path} does not belong to {path}")
     return key
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all, also after a crash. Raises OSError."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fdatasync(file.fileno())
+    temporary.replace(path)
 
 
 def check_pair(directory: Path) -> None:

@@ -32,6 +32,9 @@ DROPPED: Final = "dropped"
 """As `removed`, but nobody holds the records: `audit.on_full: drop`."""
 KINDS: Final = (OPENED, REMOVED, RETIRED, DROPPED)
 
+READ_WAIT_S: Final = 2.0
+READ_PAUSE_S: Final = 0.002
+
 _FIELDS: Final = ("prev", "what", "stream", "segment", "seq", "head", "receipt", "ts_ns")
 
 
@@ -116,20 +119,49 @@ class Ledger:
         os.close(self._fd)
 
 
+class LedgerReader:
+    """All entries, verified; `read` again takes in only what was appended since."""
+
+    def __init__(self, directory: Path, public: bytes) -> None:
+        self._path = directory / LEDGER_FILE
+        self._public = public
+        self._head = _first(public)
+        self._offset = 0
+        self._entries: list[Entry] = []
+
+    def read(self) -> list[Entry]:
+        """Raises AuditError where the ledger is missing or does not hold; OSError where it cannot be read."""
+        try:
+            data = _read_from(self._path, self._offset)
+        except FileNotFoundError as error:
+            raise AuditError("the ledger of streams is missing") from error
+        for body, signature in whole_entries(data):
+            number = len(self._entries)
+            if not hostkey.verify(self._public, signature, body):
+                raise AuditError(f"the ledger's entry {number} is not signed by this host")
+            entry = Entry.decode(body)
+            if entry.prev != self._head:
+                raise AuditError(f"the ledger's entry {number} does not follow the one before it")
+            self._head = _after(signature, body)
+            self._entries.append(entry)
+        self._offset += len(data)
+        return self._entries
+
+
 def read_ledger(directory: Path, public: bytes) -> list[Entry]:
-    """All entries, verified. Raises AuditError where it is missing or does not hold."""
-    try:
-        data = (directory / LEDGER_FILE).read_bytes()
-    except FileNotFoundError as error:
-        raise AuditError("the ledger of streams is missing") from error
-    head = _first(public)
-    found = []
-    for number, (body, signature) in enumerate(whole_entries(data)):
-        if not hostkey.verify(public, signature, body):
-            raise AuditError(f"the ledger's entry {number} is not signed by this host")
-        entry = Entry.decode(body)
-        if entry.prev != head:
-            raise AuditError(f"the ledger's entry {number} does not follow the one before it")
-        head = _after(signature, body)
-        found.append(entry)
-    return found
+    """As `LedgerReader.read`, once."""
+    return LedgerReader(directory, public).read()
+
+
+def _read_from(path: Path, offset: int) -> bytes:
+    """Not while an instance is in the middle of an entry; but whoever holds the lock for longer is not waited for."""
+    with path.open("rb") as file:
+        until = time.monotonic() + READ_WAIT_S
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(READ_PAUSE_S)
+        file.seek(offset)
+        return file.read()

@@ -23,7 +23,9 @@ from sidecar.audit.segment import (
     lock_path,
     read_frames,
     read_header,
+    segment_number,
     segment_paths,
+    sizes_newest_first,
     start_of,
     stream_names,
 )
@@ -85,15 +87,18 @@ def _open_segment(path: Path, file: BinaryIO) -> tuple[bytes | None, int]:
     return (start_of(header) if header.segment == 0 else None), offset
 
 
-def _segment_records(path: Path, head: bytes | None = None) -> Iterator[tuple[int, bytes, bytes]]:
-    """(offset, hash, stored record) of each record of a segment; `head` is the hash before the first one. Raises AuditError
-    where one does not hold."""
+def _segment_records(
+    path: Path, head: bytes | None = None, *, size: int | None = None, being_written: bool | None = None
+) -> Iterator[tuple[int, bytes, bytes]]:
+    """(offset, hash, stored record) of each record of a segment; `head` is the hash before the first one. Only its first `size`
+    bytes are read, all of it without that. Raises AuditError where one does not hold."""
+    if being_written is None:
+        being_written = _is_written(path.parent, path.name.split(".")[0])
     try:
         file = path.open("rb")
     except FileNotFoundError:  # retention removed it
         return
     with file:
-        being_written = lock_path(path.parent, path.name.split(".")[0]).exists()
         try:
             start, offset = _open_segment(path, file)
         except AuditError:
@@ -101,7 +106,7 @@ def _segment_records(path: Path, head: bytes | None = None) -> Iterator[tuple[in
                 return
             raise
         head = head or start
-        for after, digest, record in read_frames(file, offset):
+        for after, digest, record in read_frames(file, offset, size):
             if head is not None and chain.link(head, record) != digest:
                 raise _bad(path, offset, f"{_name(record)} does not follow the chain: it was altered")
             yield offset, digest, record
@@ -127,15 +132,27 @@ def _decode(path: Path, offset: int, record: bytes) -> dict[str, Any]:
         raise _bad(path, offset, error.message) from error
 
 
+def _is_written(directory: Path, stream: str) -> bool:
+    """Whether an instance writes the stream, or has left it without an end. To be asked before the stream is read."""
+    return lock_path(directory, stream).exists()
+
+
 def _stream_records(directory: Path, stream: str, damaged: Damaged) -> Iterator[dict[str, Any]]:
     head: bytes | None = None
+    written = _is_written(directory, stream)
+    before: int | None = None
     try:
-        for path in segment_paths(directory, stream):
-            for offset, digest, record in _segment_records(path, head):
-                head = digest
+        for path, size in sizes_newest_first(segment_paths(directory, stream)):
+            number = segment_number(path)
+            if before is not None and number != before + 1:
+                head = None  # what was between is gone: `verify` knows whether it may be
+            before = number
+            found = False
+            for offset, digest, record in _segment_records(path, head, size=size, being_written=written):
+                head, found = digest, True
                 yield _decode(path, offset, record)
-            if lock_path(directory, stream).exists():
-                head = None  # its writer may have gone on in this segment after we read it
+            if not found and not path.exists():
+                head = None  # retention removed it meanwhile
     except AuditError as error:
         damaged(error)
 

@@ -7,10 +7,8 @@ A stream whose *signed* part does not hold is left as it is: that is no crash, a
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from sidecar.audit import chain, hostkey
 from sidecar.audit.batch import Header
@@ -26,9 +24,6 @@ from sidecar.audit.segment import (
 )
 from sidecar.audit.stream import OpenStream, Segment
 from sidecar.errors import AuditError
-
-LOCK_ATTEMPTS: Final = 3
-LOCK_PAUSE_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +47,7 @@ def recover(directory: Path, key: hostkey.HostKey) -> list[Recovered]:
     found = []
     for path in sorted(directory.glob("*.lock")):
         name = path.name.removesuffix(".lock")
-        lock = _lock(directory, name)
+        lock = open_lock(directory, name)
         if lock is None:
             continue
         try:
@@ -66,16 +61,6 @@ def recover(directory: Path, key: hostkey.HostKey) -> list[Recovered]:
         if outcome is not None:
             found.append(outcome)
     return found
-
-
-def _lock(directory: Path, name: str) -> int | None:
-    """A reader asks for a shared lock for an instant, to see whether the stream lives: try again."""
-    for _ in range(LOCK_ATTEMPTS):
-        lock = open_lock(directory, name)
-        if lock is not None:
-            return lock
-        time.sleep(LOCK_PAUSE_S)
-    return None
 
 
 def _recover_stream(directory: Path, key: hostkey.HostKey, name: str, lock: int) -> Recovered | None:

@@ -4,6 +4,7 @@ is in the ledger before the file is gone.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -178,19 +179,35 @@ class Retention:
                 if last and not header.end:
                     break  # damaged: evidence, not to be removed
                 shipped = said is not None and said.last >= header.last and (said.ended or not last)
-                size = path.stat().st_size + signature_path(path).stat().st_size
+                try:
+                    size = path.stat().st_size + signature_path(path).stat().st_size
+                except FileNotFoundError:
+                    break  # a starting instance finished a removal that a crash had cut
                 found.append(_Piece(name, segment_number(path), path, size, header, shipped, last))
         return found
 
     def free(self, own: Mapping[str, OpenStream], usage: Usage, *, drop: bool) -> list[Freed]:
-        """Remove shipped segments above the high-water mark; with `drop`, then unshipped ones where that is not enough.
-        Raises AuditError or OSError where the ledger cannot be written; nothing is removed then."""
+        """Remove shipped segments above the high-water mark; with `drop`, then unshipped ones where that is not enough; nothing
+        while another instance does it in the same directory. Raises AuditError or OSError where the ledger cannot be written;
+        nothing is removed then."""
         over = usage.used_bytes - int(self._max_bytes * LOW_WATER)
         crowded = usage.used_bytes > self._max_bytes * HIGH_WATER
         dropping = drop and usage.unshipped_bytes >= self._max_bytes
-        freed: list[Freed] = []
         if not (crowded or dropping or usage.streams > MAX_SHIPPED_STREAMS):
-            return freed
+            return []
+        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._free(own, usage, over=over, crowded=crowded, dropping=dropping)
+        except BlockingIOError:
+            return []
+        finally:
+            os.close(descriptor)
+
+    def _free(
+        self, own: Mapping[str, OpenStream], usage: Usage, *, over: int, crowded: bool, dropping: bool
+    ) -> list[Freed]:
+        freed: list[Freed] = []
         pieces = self._pieces(own)
         kept = {piece.stream for piece in pieces if piece.last and piece.shipped}
         spare = len(kept) - MAX_SHIPPED_STREAMS

@@ -8,10 +8,12 @@ All integers are little-endian. See docs/audit.md.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -28,6 +30,14 @@ MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
 MAX_ENTRY_BYTES: Final = 65_536
 """Of one signed header or ledger entry; ours are below 2 KiB."""
 SIGNATURE_BYTES: Final = 64
+
+STREAM_SUFFIXES: Final = (".seg", ".sig", ".lock", ".receipt", ".refused")
+"""Of the files of a stream."""
+
+LOCK_ATTEMPTS: Final = 3
+MAKE_LOCK_ATTEMPTS: Final = 100
+"""For the lock of a stream that is being made: nobody holds that for long."""
+LOCK_PAUSE_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +92,13 @@ def frames(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, bytes, 
         yield offset, digest, bytes(data[start:offset])
 
 
-def read_frames(file: BinaryIO, offset: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """As `frames`, from a file that may be larger than memory, or grow. Nothing else may seek in it meanwhile."""
+def read_frames(file: BinaryIO, offset: int, size: int | None = None) -> Iterator[tuple[int, bytes, bytes]]:
+    """As `frames`, from a file that may be larger than memory, or grow: only its first `size` bytes are looked at, where that is
+    given. Nothing else may seek in it meanwhile."""
     file.seek(offset)
     while len(start := file.read(FRAME.size)) == FRAME.size:
         length, digest = FRAME.unpack(start)
-        if length > MAX_RECORD_BYTES:
+        if length > MAX_RECORD_BYTES or (size is not None and offset + FRAME.size + length > size):
             return
         record = file.read(length)
         if len(record) != length:
@@ -110,6 +121,21 @@ def entries(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         signature = data[offset + 4 : start]
         offset = start + length
         yield offset, data[start:offset], signature
+
+
+def read_entries(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """As `entries`, of the first `size` bytes of a file that may be larger than memory, or grow."""
+    offset = 0
+    while len(start := file.read(LENGTH.size)) == LENGTH.size:
+        (length,) = LENGTH.unpack(start)
+        if length > MAX_ENTRY_BYTES:
+            raise AuditError("a signature file is damaged")
+        after = offset + LENGTH.size + SIGNATURE_BYTES + length
+        rest = file.read(SIGNATURE_BYTES + length) if after <= size else b""
+        if len(rest) != SIGNATURE_BYTES + length:
+            return
+        offset = after
+        yield offset, rest[SIGNATURE_BYTES:], rest[:SIGNATURE_BYTES]
 
 
 def whole_entries(data: bytes, *, torn_tail: bool = False) -> Iterator[tuple[bytes, bytes]]:
@@ -168,7 +194,20 @@ def refusal_path(directory: Path, stream: str) -> Path:
 
 
 def segment_paths(directory: Path, stream: str) -> list[Path]:
-    return sorted(directory.glob(f"{stream}.[0-9]*.seg"))
+    """Those that are there, oldest first."""
+    start = f"{stream}."
+    names = (name for name in os.listdir(directory) if name.startswith(start) and name.endswith(".seg"))
+    return sorted(directory / name for name in names if name[len(start)].isdigit())
+
+
+def sizes_newest_first(paths: Sequence[Path]) -> list[tuple[Path, int]]:
+    """The files that are there, in their given order (oldest first), with sizes up to which they may be read beside a live
+    instance: the newest is looked at first, so that no file lacks what was written before its writer went on in the next."""
+    found = []
+    for path in reversed(paths):
+        with contextlib.suppress(FileNotFoundError):  # retention removed it
+            found.append((path, path.stat().st_size))
+    return found[::-1]
 
 
 def segment_number(path: Path) -> int:
@@ -181,23 +220,40 @@ def segment_number(path: Path) -> int:
 
 def stream_names(directory: Path) -> list[str]:
     """All streams that have any file, oldest first (their names are UUIDv7)."""
-    suffixes = (".seg", ".sig", ".lock", ".receipt", ".refused")
-    return sorted({name.split(".")[0] for name in os.listdir(directory) if name.endswith(suffixes)})
+    return sorted({name.split(".")[0] for name in os.listdir(directory) if name.endswith(STREAM_SUFFIXES)})
 
 
 def open_lock(directory: Path, stream: str, *, create: bool = False) -> int | None:
-    """The stream's lock file, exclusively locked; None where another instance holds it or it is gone."""
+    """The stream's lock file, exclusively locked; None where another instance holds it or it is gone.
+
+    Readers hold it shared for an instant, to see whether the stream lives, and a starting instance may lock and remove the file
+    of a stream that another one is making: so it is tried again, and a file that is not at its path any more is not held.
+    """
+    path = lock_path(directory, stream)
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-    try:
-        descriptor = os.open(lock_path(directory, stream), flags, 0o600)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for _ in range(MAKE_LOCK_ATTEMPTS if create else LOCK_ATTEMPTS):
+        try:
+            descriptor = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            time.sleep(LOCK_PAUSE_S)
+            continue
+        if _is_at(descriptor, path):
+            return descriptor
         os.close(descriptor)
-        return None
-    return descriptor
+    return None
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_live(directory: Path, stream: str) -> bool:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import random
 import threading
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -258,7 +256,7 @@ class Shipper:
         if response.status_code == 409 and isinstance(answer, dict):
             said = self._read(answer, REFUSAL)
             if said.stream == name:
-                _replace(refusal_path(self._directory, name), line_of(answer))
+                hostkey.write_whole(refusal_path(self._directory, name), line_of(answer))
             raise _Refused(f"the collector refuses it: {said.reason}")
         if response.status_code in (400, 413):
             raise _Refused(
@@ -281,7 +279,7 @@ class Shipper:
             raise AuditError("the collector's answer names no key") from error
         said = read_line(line_of(answer), public, kind)
         if not path.exists():
-            _replace(path, public.hex() + "\n")
+            hostkey.write_whole(path, public.hex() + "\n")
         elif hostkey.load_public(path) != public:
             raise AuditError(
                 "the collector's key is not the one that this host knows",
@@ -296,14 +294,14 @@ class Shipper:
             name, header.last, header.head.hex(), bool(header.end),
         ):  # fmt: skip
             raise AuditError("the collector's receipt is for something else")
-        _replace(receipt_path(self._directory, name), line_of(answer))
+        if self._is_behind(name, said):
+            return
+        hostkey.write_whole(receipt_path(self._directory, name), line_of(answer))
 
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, also after a crash."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fdatasync(file.fileno())
-    temporary.replace(path)
+    def _is_behind(self, name: str, said: Said) -> bool:
+        """Whether another instance, which ships the same dead one's stream, keeps a newer receipt."""
+        try:
+            kept = kept_receipt(self._directory, name)
+        except AuditError:
+            return False
+        return kept is not None and (kept[1].last, kept[1].ended) > (said.last, said.ended)

@@ -13,7 +13,8 @@ import click
 import orjson
 
 from sidecar.audit import read
-from sidecar.audit import verify as verification
+from sidecar.audit.report import Report, report_map
+from sidecar.audit.verify import verify as verify_directory
 from sidecar.cli import output
 from sidecar.errors import AuditError
 
@@ -252,9 +253,9 @@ def export(directory: Path | None, out: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def verify(directory: Path | None, named: Path | None, as_json: bool) -> None:
     """Check chains, signatures, receipts and gaps, offline. Exit status 1 when anything is missing or altered."""
-    report = verification.verify(_directory(directory or named))
+    report = verify_directory(_directory(directory or named))
     if as_json:
-        click.echo(_json(verification.report_map(report)))
+        click.echo(_json(report_map(report)))
     else:
         _print_report(report)
     sys.exit(0 if report.ok else 1)
@@ -265,7 +266,7 @@ def _say(text: str) -> None:
     click.echo(output.plain(text))
 
 
-def _print_report(report: verification.Report) -> None:
+def _print_report(report: Report) -> None:
     for finding in report.findings:
         where = (
             f"stream {finding.stream}"

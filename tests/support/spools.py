@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sidecar.audit import hostkey
+from sidecar.audit.outbox import Outbox
+from sidecar.audit.receipt import RECEIPT, Said, line_of
+from sidecar.audit.retention import COLLECTOR_KEY, kept_receipt
+from sidecar.audit.segment import receipt_path
 from sidecar.audit.spool import Spool, StreamHandle
 from sidecar.audit.writer import StreamWriter
 from sidecar.model.ids import IdSource
@@ -57,3 +62,26 @@ def flow_of(number: int, text: str = "SELECT 1", *, value: str = "1") -> list[Re
         id=IDS.new(at + 3), ts_ns=answered.ts_ns + 1, kind="close", flow=flow, reason="client_closed"
     )
     return [opening, asked, answered, closed]
+
+
+class Collector:
+    """Signs receipts; holds no records. `made` is where its key is: several may have the same."""
+
+    def __init__(self, directory: Path, made: Path) -> None:
+        made.mkdir(exist_ok=True)
+        self.key = hostkey.load_or_create(made)
+        self.directory = directory
+        if not (directory / COLLECTOR_KEY).exists():
+            hostkey.write_whole(directory / COLLECTOR_KEY, self.key.public.hex() + "\n")
+
+    def take(self, spool: Spool, stream: str) -> None:
+        """Give a receipt for everything that is signed."""
+        before = kept_receipt(self.directory, stream)
+        outbox = Outbox(self.directory, stream, spool.host_key, after_seq=before[1].last if before else -1)
+        while (found := outbox.next()) is not None:
+            header = found[1]
+            outbox.taken(header)
+            said = Said(
+                RECEIPT, header.host, stream, header.last, header.head.hex(), bool(header.end), "", header.ts_ns,
+            )  # fmt: skip
+            hostkey.write_whole(receipt_path(self.directory, stream), line_of(said.sign(self.key)))

@@ -6,47 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.audit import hostkey, read
-from sidecar.audit.outbox import Outbox
-from sidecar.audit.receipt import RECEIPT, Said, line_of
-from sidecar.audit.retention import COLLECTOR_KEY, kept_receipt
+from sidecar.audit import read
 from sidecar.audit.segment import receipt_path, segment_paths
 from sidecar.audit.spool import Spool
 from sidecar.audit.verify import verify
 from sidecar.audit.writer import MIN_SEGMENT_BYTES, SEGMENT_BYTES, StreamWriter, segment_bytes
-from tests.support.spools import make_spool, request, writer_of
+from tests.support.spools import Collector, make_spool, request, writer_of
 
 MAX = 400_000
 TEXT = "x" * 900
-
-
-class Collector:
-    """Signs receipts; holds no records."""
-
-    def __init__(self, directory: Path, made: Path) -> None:
-        made.mkdir()
-        self.key = hostkey.load_or_create(made)
-        self.directory = directory
-        (directory / COLLECTOR_KEY).write_text(self.key.public.hex() + "\n")
-
-    def take(self, spool: Spool, stream: str) -> None:
-        """Give a receipt for everything that is signed."""
-        before = kept_receipt(self.directory, stream)
-        outbox = Outbox(self.directory, stream, spool.host_key, after_seq=before[1].last if before else -1)
-        while (found := outbox.next()) is not None:
-            header = found[1]
-            outbox.taken(header)
-            said = Said(
-                RECEIPT,
-                header.host,
-                stream,
-                header.last,
-                header.head.hex(),
-                bool(header.end),
-                "",
-                header.ts_ns,
-            )
-            receipt_path(self.directory, stream).write_text(line_of(said.sign(self.key)))
 
 
 class Worker:
