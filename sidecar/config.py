@@ -172,6 +172,14 @@ def load_config(path: Path | None) -> Config:
 
     Raises ConfigurationError with file, line and the nearest valid name.
     """
+    try:
+        return _load(path)
+    except ConfigurationError as error:
+        error.hint = error.hint or "docs/configuration.md lists every setting with its values"
+        raise
+
+
+def _load(path: Path | None) -> Config:
     if path is None:
         if not DEFAULT_FILE.is_file():
             return _typed(ConfigurationDocument(), None)
@@ -180,15 +188,25 @@ def load_config(path: Path | None) -> Config:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(
-            f"the configuration cannot be read: {error.strerror}", file=str(path)
+            f"the configuration cannot be read: {error.strerror}",
+            file=str(path),
+            hint="-c names the file; without it, /etc/sidecar/sidecar.yaml or the defaults count",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(
             "the configuration is no UTF-8 text",
             file=str(path),
             line=error.object[: error.start].count(b"\n") + 1,
+            hint="save it as UTF-8",
         ) from error
     data, lines = read_document(text, str(path))
+    if isinstance(data, dict) and "rules" in data:
+        raise ConfigurationError(
+            "this is a policy, not a configuration",
+            file=str(path),
+            line=lines[("rules",)],
+            hint="give it with --policy, or name it in the configuration: policy: FILE",
+        )
     check = Checker(lines, path)
     check.refuse_unbuilt()
     check.ports(data)

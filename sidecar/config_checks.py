@@ -31,7 +31,7 @@ from sidecar.config_document import (
     SourceDocument,
     TargetDocument,
 )
-from sidecar.documents import Lines, nearest, parse_duration, parse_size
+from sidecar.documents import Lines, nearest, parse_duration, parse_size, suggestion
 from sidecar.errors import ConfigurationError
 
 PROTOCOLS: Final[tuple[str, ...]] = get_args(ProtocolName)
@@ -123,15 +123,21 @@ class Checker:
         ports = steering.get("ports") if isinstance(steering, dict) else None
         for port, protocol in ports.items() if isinstance(ports, dict) else ():
             if isinstance(port, bool) or not isinstance(port, int):
-                raise self.fail(f"{port!r} is no TCP port", "steering", "ports", port, hint="1 to 65535")
+                quoted = isinstance(port, str) and port.isdecimal()
+                raise self.fail(
+                    f"{port!r} is no TCP port",
+                    "steering",
+                    "ports",
+                    port,
+                    hint="a number, without quotes" if quoted else "1 to 65535",
+                )
             if protocol not in PROTOCOLS:
-                near = nearest(str(protocol), list(PROTOCOLS))
                 raise self.fail(
                     f"{protocol!r} is no protocol",
                     "steering",
                     "ports",
                     port,
-                    hint=f"did you mean {near}?" if near else "valid: " + ", ".join(PROTOCOLS),
+                    hint=suggestion(str(protocol), list(PROTOCOLS)),
                 )
 
     def size(self, value: str | int, *path: Step, low: int = 0, high: int | None = None) -> int:
@@ -141,7 +147,8 @@ class Checker:
         except ValueError as error:
             raise self.fail(str(error), *path) from error
         if found < low or (high is not None and found > high):
-            raise self.fail(f"{value} is outside {low} to {high if high is not None else 'any'} bytes", *path)
+            bounds = f"at least {low} bytes" if high is None else f"{low} to {high} bytes"
+            raise self.fail(f"{value} is outside what may stand here", *path, hint=bounds)
         return found
 
     def duration(self, value: str | int, *path: Step, high: float | None = None) -> float:
@@ -245,7 +252,12 @@ class Checker:
             case FileSource() | KubernetesSource():
                 path = source.path
                 if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
-                    raise self.fail("the path is absolute and without `..`", *place, "path")
+                    raise self.fail(
+                        "the path has to be absolute and without `..`",
+                        *place,
+                        "path",
+                        hint='such as "/var/run/sidecar/tokens/{uid}"',
+                    )
                 self.placeholders(path, PATH_PLACEHOLDERS, *place, "path")
             case GithubActionsSource() | BuildkiteSource():
                 self._audience(source.audience, *place)
@@ -321,7 +333,10 @@ class Checker:
         identity = document.identity
         if identity.required and not (identity.sources and identity.issuers):
             raise self.fail(
-                "nothing could ever be verified: sources or issuers are empty", "identity", "required"
+                "nothing could ever be verified: sources or issuers are empty",
+                "identity",
+                "required",
+                hint="name at least one of identity.sources and one of identity.issuers: docs/identity.md",
             )
         if identity.max_age is not None:
             self.duration(identity.max_age, "identity", "max_age")
@@ -390,7 +405,7 @@ class Checker:
         except ValueError as error:
             raise self.fail(f"is no address: {error}", *path) from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise self.fail("is no http or https address", *path)
+            raise self.fail("is no http or https address", *path, hint="such as https://audit.internal:8420")
         if parts.username is not None or parts.password is not None:
             raise self.fail("holds credentials; they would be shown", *path, hint="use `token: {file: …}`")
         return parts

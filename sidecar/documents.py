@@ -48,6 +48,10 @@ _YAML_HINTS: Final = (
     ("cannot start any token", "quote a value that begins with % @ or `"),
     ("special characters are not allowed", "save the file as plain UTF-8 text"),
     ("found unexpected end of stream", "a quote is opened and never closed"),
+    (
+        "expected ',' or",
+        "a bracket is opened and not closed before this, or a text that holds { } [ ] is not quoted",
+    ),
 )
 _KINDS: Final = {
     # msgspec's word -> what stands in the document
@@ -59,6 +63,9 @@ _KINDS: Final = {
     "bool": "true or false",
     "null": "nothing",
 }
+
+FEW: Final = 8
+"""Valid words that a hint names in full beside the nearest."""
 
 Lines = dict[tuple[str | int, ...], int]
 
@@ -209,27 +216,23 @@ def _line_of(lines: Lines, path: tuple[str | int, ...]) -> int:
 
 def _field_names(type_: Any, path: tuple[str | int, ...]) -> list[str]:
     """Field names of the struct at `path` inside `type_`, for suggestions."""
-    names: set[str] = set()
-    pending: list[tuple[Any, tuple[str | int, ...]]] = [(msgspec.inspect.type_info(type_), path)]
-    while pending:
-        info, rest = pending.pop()
-        if isinstance(info, msgspec.inspect.UnionType):
-            pending += [(option, rest) for option in info.types]
-        elif isinstance(info, msgspec.inspect.StructType):
-            if not rest:
-                names.update(item.encode_name for item in info.fields)
-            pending += [(item.type, rest[1:]) for item in info.fields if rest and item.encode_name == rest[0]]
-        elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and rest:
-            pending.append((info.item_type, rest[1:]))
-        elif isinstance(info, msgspec.inspect.DictType) and rest:
-            pending.append((info.value_type, rest[1:]))
-    return sorted(names)
+    structs = [info for info in _types_at(type_, path) if isinstance(info, msgspec.inspect.StructType)]
+    return sorted({item.encode_name for info in structs for item in info.fields})
 
 
 def nearest(word: str, valid: list[str]) -> str | None:
-    """The closest valid name, or None."""
-    found = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    """The closest valid name, or None: `stop` is not taken for `drop`, nor `version` for `steering`."""
+    found = difflib.get_close_matches(word, valid, n=1, cutoff=0.55)
     return found[0] if found else None
+
+
+def suggestion(word: str, valid: list[str]) -> str:
+    """A hint: the closest of `valid`, and all of them where they are few."""
+    near = nearest(word, valid)
+    every = "valid: " + ", ".join(valid)
+    if near is None:
+        return every
+    return f"did you mean `{near}`?" + (f" {every}" if len(valid) <= FEW else "")
 
 
 def load_document(text: str, file: str, type_: type[T]) -> T:
@@ -242,28 +245,27 @@ def load_document(text: str, file: str, type_: type[T]) -> T:
         unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
         if unknown:
             word = unknown[1]
-            near = nearest(word, _field_names(type_, path))
+            names = _field_names(type_, path)
+            near = nearest(word, names)
             line = _line_of(lines, (*path, word))
             raise ConfigurationError(
                 f"`{word}` is not known here",
                 file=file,
                 line=line,
                 path=".".join(map(str, (*path, word))),
-                hint=f"did you mean `{near}`?"
-                if near
-                else "valid names: " + ", ".join(_field_names(type_, path)),
+                hint=f"did you mean `{near}`?" if near else "valid names: " + ", ".join(names),
             ) from error
         hint = None
         enum = re.fullmatch(r"Invalid enum value '?(.*?)'?", message)
         expected = re.fullmatch(r"Expected `([^`]*)`, got `([^`]*)`", message)
         missing = re.fullmatch(r"Object missing required field `(.*)`", message)
         if enum:
-            options = _options(type_, path)
-            near = nearest(enum[1], options)
             message = f"'{enum[1]}' is not valid here"
-            hint = f"did you mean '{near}'?" if near else "valid: " + ", ".join(options)
+            hint = suggestion(enum[1], [*_options(type_, path), *_mappings(type_, path)])
         elif expected:
-            message, hint = _expected(expected[1], expected[2], _options(type_, path))
+            options = [*_options(type_, path), *_mappings(type_, path)]
+            shapes = _shapes(type_, path)
+            message, hint = _expected(expected[1], expected[2], options, shapes)
         elif missing:
             options = _options(type_, (*path, missing[1]))
             message = f"`{missing[1]}` is missing"
@@ -278,7 +280,7 @@ def load_document(text: str, file: str, type_: type[T]) -> T:
         ) from error
 
 
-def _expected(wanted: str, found: str, options: list[str]) -> tuple[str, str | None]:
+def _expected(wanted: str, found: str, options: list[str], shapes: list[str]) -> tuple[str, str | None]:
     """msgspec's types in the words of whoever writes YAML, and what to do."""
     kinds = [_KINDS.get(word.strip(), word.strip()) for word in wanted.split("|")]
     kinds = [kind for kind in kinds if kind != _KINDS["null"]] or kinds
@@ -291,25 +293,53 @@ def _expected(wanted: str, found: str, options: list[str]) -> tuple[str, str | N
         hint = "give it a value, or leave the name out"
     elif found in ("int", "float") and "str" in wanted:
         hint = "quote a number that is meant as a text"
-    elif wanted.startswith("array") and found == "object":
-        hint = "begin each item with `- `"
+    elif wanted.startswith("array"):
+        hint = "begin each item with `- `" if found == "object" else "write [a, b], also for one"
+    elif found == "str" and ("int" in wanted or "bool" in wanted):
+        hint = "a number, or true or false, stands without quotes"
+    elif shapes and found != "array":
+        hint = "write " + " or ".join(shapes)
+    elif wanted.startswith("object") and found == "array":
+        hint = "name: value, one to a line and without `- `, or {name: value}"
     return f"{' or '.join(kinds)} is expected here, not {_KINDS.get(found, found)}", hint
 
 
-def _options(type_: Any, path: tuple[str | int, ...]) -> list[str]:
-    """Literal values allowed at `path`."""
-    found: set[str] = set()
+def _types_at(type_: Any, path: tuple[str | int, ...]) -> list[Any]:
+    """What may stand at `path`, as msgspec describes it; each option of a union by itself."""
+    found = []
     pending: list[tuple[Any, tuple[str | int, ...]]] = [(msgspec.inspect.type_info(type_), path)]
     while pending:
         info, rest = pending.pop()
         if isinstance(info, msgspec.inspect.UnionType):
             pending += [(option, rest) for option in info.types]
-        elif isinstance(info, msgspec.inspect.StructType) and rest:
+        elif not rest:
+            found.append(info)
+        elif isinstance(info, msgspec.inspect.StructType):
             pending += [(item.type, rest[1:]) for item in info.fields if item.encode_name == rest[0]]
-        elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and rest:
+        elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType):
             pending.append((info.item_type, rest[1:]))
-        elif isinstance(info, msgspec.inspect.DictType) and rest:
+        elif isinstance(info, msgspec.inspect.DictType):
             pending.append((info.value_type, rest[1:]))
-        elif isinstance(info, msgspec.inspect.LiteralType) and not rest:
-            found.update(str(value) for value in info.values)
-    return sorted(found)
+    return found
+
+
+def _options(type_: Any, path: tuple[str | int, ...]) -> list[str]:
+    """Literal values allowed at `path`."""
+    literals = [info for info in _types_at(type_, path) if isinstance(info, msgspec.inspect.LiteralType)]
+    return sorted({str(value) for info in literals for value in info.values})
+
+
+def _mappings(type_: Any, path: tuple[str | int, ...]) -> list[str]:
+    """`{cgroups: …}`: mappings that may stand at `path` instead of one of its words."""
+    literal = any(isinstance(info, msgspec.inspect.LiteralType) for info in _types_at(type_, path))
+    return _shapes(type_, path) if literal else []
+
+
+def _shapes(type_: Any, path: tuple[str | int, ...]) -> list[str]:
+    """`{file: …}`: the small mappings that may stand at `path`."""
+    structs = [info for info in _types_at(type_, path) if isinstance(info, msgspec.inspect.StructType)]
+    return [
+        "{" + ", ".join(f"{field.encode_name}: …" for field in info.fields) + "}"
+        for info in structs
+        if len(info.fields) <= FEW // 2
+    ]

@@ -99,7 +99,7 @@ def own_checks(config_file: Path | None) -> list[OwnCheck]:
     try:
         config = load_config(config_file)
     except SidecarError as error:
-        return [OwnCheck("configuration", False, str(error), error.hint or "correct the file")]
+        return [OwnCheck("configuration", False, str(error), error.hint)]
     where = str(config.file) if config.file else "built in (no /etc/sidecar/sidecar.yaml)"
     return [
         OwnCheck("configuration", True, where),

@@ -328,6 +328,14 @@ REFUSED = [
     ("- a\n- b\n", 1, "a mapping (name: value) is expected here, not a list"),
     ("just text\n", 1, "a mapping (name: value) is expected here, not a text"),
     ("a: &x {}\nb: *x\n", None, "aliases"),
+    ("version: 1\nrules: []\n", 2, "this is a policy, not a configuration"),
+    ("steering:\n  ports: {'5432': postgres}\n", 2, "without quotes"),
+    ("steering:\n  scope: everyone\n", 2, "{cgroups: …}"),
+    ("steering:\n  exclude: 10.0.0.0/8\n", 2, "write [a, b]"),
+    ("identity:\n  required: 'true'\n", 2, "without quotes"),
+    ("identity:\n  sources:\n    - file: {path: /run/{uid}}\n", 3, "not quoted"),
+    ("masks: {hash_key: hunter2}\n", 1, "write {file: …}"),
+    ("upstream: {url: 'ftp://u:hunter2@f.test'}\n", 1, "such as https://"),
 ]
 
 
@@ -338,11 +346,19 @@ def test_what_is_refused(load: Any, tmp_path: Path, text: str, line: int | None,
     error = caught.value
     assert error.exit_code == 2
     assert error.file == str(tmp_path / "sidecar.yaml")
-    assert words in f"{error} {error.hint or ''}"
+    assert error.hint
+    assert words in f"{error} {error.hint}"
     assert "hunter2" not in f"{error} {error.hint or ''}"
     if line is not None:
         assert error.line == line
         assert str(error).startswith(f"{error.file}:{line}: ")
+
+
+def test_no_hint_turns_a_setting_into_its_opposite(load: Any) -> None:
+    """`drop` is the nearest word to `stop`, and would lose records."""
+    with pytest.raises(ConfigurationError) as caught:
+        load("audit: {on_full: stop}\n")
+    assert caught.value.hint == "valid: block, drop"
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_an_unknown_option_of_every_command(sidecar: Sidecar, command: tuple[str
         (("policy", "explain", "--url", "http://[::1"), "--url", "sidecar policy explain --help"),
         (("policy", "explain", "--url", "http://h:99999"), "--url", "sidecar policy explain --help"),
         (("flows", "--once", "--watch"), "--watch", "sidecar flows --help"),
-        (("run", "-c", "/nonexistent/s.yaml"), "/nonexistent/s.yaml", "--help"),
+        (("run", "-c", "/nonexistent/s.yaml"), "/nonexistent/s.yaml", "-c names the file"),
         (
             ("policy", "check", "/nonexistent/p.yaml"),
             "/nonexistent/p.yaml: the policy cannot be read: No",
