@@ -149,8 +149,7 @@ class Agent:
         self._watch_names()
         loop = asyncio.get_running_loop()
         names = loop.run_in_executor(self._names_thread, self.names.refresh)
-        run_state.save(self.instance)
-        self._begun = True
+        await self._begin()
         inspector, job = cgroups.create(self.instance)
         cgroups.move(os.getpid(), inspector)
         if self.mode == "exec":
@@ -179,7 +178,7 @@ class Agent:
         self.steering = Steering(
             SteeringPlan(
                 instance=self.instance,
-                scope_cgroups=self._scope(job),
+                scope_cgroups=(job,) if self.mode == "exec" else self._scope(),
                 inspector_cgroup=inspector,
                 exclusive=self.mode == "exec",
                 ports=tuple(config.steering.ports),
@@ -219,16 +218,30 @@ class Agent:
             self.engines = ContainerEngines(addresses)
             self.engines.start()
 
-    def _scope(self, job: Path) -> tuple[Path, ...]:
+    async def _begin(self) -> None:
+        """Say who we are, before anything is made."""
+        if self.mode == "exec":
+            run_state.save(self.instance)
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._kernel_thread, run_state.claim, self.instance, self._scope())
+        self._begun = True
+
+    def _scope(self) -> tuple[Path, ...]:
+        """The cgroups that `run` steers. Raises PrerequisiteError where one is not there."""
         scope = self.config.steering.scope
         root = cgroups.cgroup2_mount()
-        if self.mode == "exec":
-            return (job,)
-        if scope.kind == "cgroups":
-            return tuple(root / path.lstrip("/") for path in scope.cgroups)
         if scope.kind == "exec":
             return ()
-        return (root,)
+        if scope.kind != "cgroups":
+            return (root,)
+        for path in scope.cgroups:
+            if not (root / path.lstrip("/")).is_dir():
+                raise PrerequisiteError(
+                    f"there is no cgroup {path}",
+                    hint=f"steering.scope names cgroups below {root}; systemctl start makes those of units",
+                )
+        return tuple(root / path.lstrip("/") for path in scope.cgroups)
 
     async def stop(self) -> None:
         """Undo everything, in the order of failing closed. A step that fails is logged and hinders no later one."""

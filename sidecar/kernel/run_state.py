@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.errors import SteeringError
+from sidecar.errors import PrerequisiteError, SteeringError
 
 RUN_DIRECTORY: Final = Path("/run/sidecar")
 BPF_DIRECTORY: Final = RUN_DIRECTORY / "bpf"
@@ -88,7 +88,7 @@ def save(
     state = {
         "pid": os.getpid(),
         "started": start_ticks(os.getpid()),
-        "netns": os.readlink("/proc/self/ns/net"),
+        "netns": _netns(),
         "scopes": scopes,
         "table": table,
         "owned": owned,
@@ -105,6 +105,40 @@ def save(
         ):  # a `down` has just taken the directory for one that a crash left: there was no state in it yet
             if attempt == _SAVE_ATTEMPTS - 1:
                 raise
+
+
+def claim(instance: str, scopes: Sequence[Path]) -> None:
+    """Begin as the agent that steers `scopes`, cgroups, for the whole host; none: what only `exec` steers.
+
+    Raises PrerequisiteError where a live agent of this network namespace steers one of them, or above or below it: both would mark the
+    same connections, and neither record would be whole. A dead one is no hindrance: its successor takes over.
+    """
+    with host_lock():
+        for name, state in states().items():
+            theirs = state.get("scopes")
+            if not isinstance(theirs, list) or not alive(state) or state.get("netns") != _netns():
+                continue
+            shared = _overlap([Path(str(scope)) for scope in theirs], scopes)
+            if shared is not None:
+                raise PrerequisiteError(
+                    f"instance {name} (pid {state['pid']}) steers {shared} already",
+                    hint=f"one agent a scope. sidecar status; to end that one: sidecar down --instance {name}",
+                )
+        save(instance, scopes=[str(scope) for scope in scopes])
+
+
+def _overlap(theirs: Sequence[Path], ours: Sequence[Path]) -> str | None:
+    """Theirs that covers, or lies in, one of ours, in words."""
+    if not theirs and not ours:
+        return "scope exec"
+    for there in theirs:
+        if any(there.is_relative_to(here) or here.is_relative_to(there) for here in ours):
+            return f"the cgroup {there}"
+    return None
+
+
+def _netns() -> str:
+    return os.readlink("/proc/self/ns/net")
 
 
 def _write(directory: Path, text: str) -> None:
