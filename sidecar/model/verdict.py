@@ -149,6 +149,9 @@ class SqlFacts:
     may_change_catalog: bool = False
     """DDL, or something opaque that may hold DDL: catalog facts have to be refreshed."""
     transaction_control: bool = False
+    prepared: tuple[str, ...] = ()
+    cursors: tuple[str, ...] = ()
+    """Names that PREPARE and DECLARE give: the server keeps one list of statements, and one of portals, for SQL and for messages."""
     is_copy: bool = False
     copy_source: str | None = None
     """`schema.table`, `table` or None where COPY reads a query."""

@@ -477,6 +477,8 @@ class Policy:
             settings=tuple(sorted(analysis.settings)),
             may_change_catalog=analysis.ddl,
             transaction_control=analysis.transaction,
+            prepared=tuple(sorted(analysis.prepared)),
+            cursors=tuple(sorted(analysis.cursors)),
             is_copy="COPY" in analysis.statements,
             masked_reach=record_plan.has_columns
             and self.masks_reach(together(flow.derived for flow in _flows(analysis, record_plan))),

@@ -36,6 +36,10 @@ class Analysis:
     """Settings that are SET or RESET; `*` for all or for one that cannot be known."""
     stored: set[str] = field(default_factory=set)
     """Column names that a definition puts under another name, or under another column; `*` for all."""
+    prepared: set[str] = field(default_factory=set)
+    """Names that PREPARE gives."""
+    cursors: set[str] = field(default_factory=set)
+    """Names that DECLARE gives."""
     copy_out: bool = False
     password_spans: list[tuple[int, int]] = field(default_factory=list)
     bound_literals: list[tuple[str, int]] = field(default_factory=list)
@@ -70,7 +74,7 @@ def together(parts: list[Analysis]) -> Analysis:
         found.bound_literals += part.bound_literals
         found.bound_parameters += part.bound_parameters
         found.do_bodies += part.do_bodies
-        for name in ("reads", "writes", "functions", "settings", "stored"):
+        for name in ("reads", "writes", "functions", "settings", "stored", "prepared", "cursors"):
             getattr(found, name).update(getattr(part, name))
         for name in (
             "without_where", "opaque", "copy_out", "transaction", "constant_sensitive", "too_deep",

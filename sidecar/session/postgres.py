@@ -173,7 +173,8 @@ class PostgresSession(Requests):
                 exchange = self._expect_query(decision, held.record_id)
             else:
                 assert portal is not None
-                exchange = self._expect_execute(decision, portal, held.record_id)
+                name = held.data[5 : held.data.index(b"\0", 5)]
+                exchange = self._expect_execute(decision, portal, held.record_id, name)
             exchange.held_ns = self._now - held.since_ns
             self._send(SERVER, held.data)
         else:

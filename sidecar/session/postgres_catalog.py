@@ -74,6 +74,15 @@ SELECT 'i', i.inhrelid::pg_catalog.text, i.inhparent::pg_catalog.text, '', '', '
 """
 
 
+UNREADABLE: Final = "\ufffd"
+
+
+def _name(value: bytes, codec: str | None) -> str:
+    if value.isascii():
+        return value.decode("ascii")
+    return value.decode(codec, "replace") if codec is not None else UNREADABLE
+
+
 class Catalog:
     """One database's facts. `known` False: no snapshot could be taken, everything is judged by name and masked if unsure."""
 
@@ -103,17 +112,19 @@ class Catalog:
         self._plan: MaskPlan | None = None
         self._masks: dict[tuple[int, int], ValueMask | None] = {}
 
-    def load(self, rows: list[list[bytes | None]]) -> None:
-        """Replace all facts by a snapshot's rows."""
+    def load(self, rows: list[list[bytes | None]], codec: str | None = "utf-8") -> None:
+        """Replace all facts by a snapshot's rows, of which the client's encoding is `codec` (Python's name). What cannot be decoded
+        is not known, and so masked; None: nothing but ASCII can be."""
         version = self.version
         self.__init__()  # type: ignore[misc]
         self.known, self.version = True, version + 1
         columns: list[tuple[int, int, str]] = []
+        unreadable: set[str] = set()
         for values in rows:
-            kind, first, second, third, fourth, fifth = (
-                (value or b"").decode("utf-8", "replace") for value in values
-            )
-            if kind == "c":
+            kind, first, second, third, fourth, fifth = (_name(value or b"", codec) for value in values)
+            if kind == "c" and UNREADABLE in second + third + fifth:
+                unreadable.add(third)
+            elif kind == "c":
                 self._columns[(int(first), int(fourth))] = (second, third, fifth)
                 columns.append((int(first), int(fourth), fifth))
             elif kind == "v":
@@ -128,6 +139,7 @@ class Catalog:
                 self.own.add(first)
             else:
                 self._parents.setdefault(int(first), set()).add(int(second))
+        self._doubtful |= unreadable
         for oid, number, name in sorted(columns):
             if oid not in self._numbers:
                 self._numbers[oid] = {}

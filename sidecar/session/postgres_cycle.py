@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from sidecar.codecs.postgres import messages
 from sidecar.session.context import SessionContext
-from sidecar.session.postgres_exchange import Decision, Exchange, Portal, Prepared, RowPlan
+from sidecar.session.postgres_exchange import Decision, Exchange, Portal, Prepared, RowPlan, own_name
 from sidecar.session.postgres_lane import COMPILED
 
 if COMPILED:
@@ -69,7 +69,11 @@ class Cycles(Results):
 
     def known_statement(self, name: bytes) -> Known | None:
         prepared = self._statements.get(name)
+        if not own_name(name):
+            return None
         if prepared is None or prepared.raw is None or prepared.closed or not prepared.confirmed:
+            return None
+        if not self.judge.reads_alike(prepared):
             return None
         return self._known_by(self.judge.decide(prepared.raw), prepared.raw, False)
 
@@ -103,6 +107,9 @@ class Cycles(Results):
             or decision.ddl
             or decision.resets
             or facts is None
+            or facts.prepared
+            or facts.cursors
+            or "CLOSE" in facts.statements
             or facts.masked_parameters
             or limit < CHUNK_MAX_BYTES
         ):
@@ -130,7 +137,7 @@ class Cycles(Results):
         self._order += answered
         self._segment += answered
         if lane.confirmed is not None:
-            self._statements[b""] = Prepared(lane.confirmed.raw, self._segment, confirmed=True)
+            self._statements[b""] = self._as_prepared(lane.confirmed.raw, confirmed=True)
         if lane.executed is not None:
             if lane.status == b"I":
                 self._portals.clear()
@@ -142,6 +149,10 @@ class Cycles(Results):
             self._take_over(cycle)
         lane.cycles.clear()
 
+    def _as_prepared(self, raw: bytes, *, confirmed: bool = False, older: Prepared | None = None) -> Prepared:
+        """What the lane parsed; a change of the encoding would have ended it."""
+        return Prepared(raw, self._segment, confirmed=confirmed, older=older, reading=self.judge.reading)
+
     def _portal_of(self, cycle: Cycle) -> tuple[Portal, Prepared | None]:
         """The portal that a cycle's Bind makes, and the statement that its Parse makes."""
         chunk, known = cycle.chunk, cycle.known
@@ -151,8 +162,10 @@ class Cycles(Results):
         )
         parsed = None
         if cycle.parsed:
-            parsed = Prepared(known.raw, self._segment, older=self._statements.get(b""))
-        prepared = parsed or self._statements.get(bind.statement) or Prepared(known.raw, confirmed=True)
+            parsed = self._as_prepared(known.raw, older=self._statements.get(b""))
+        prepared = (
+            parsed or self._statements.get(bind.statement) or self._as_prepared(known.raw, confirmed=True)
+        )
         portal = Portal((prepared,), bind, self._segment, older=self._portals.get(b""), order=self._order)
         portal.described = cycle.described
         return portal, parsed

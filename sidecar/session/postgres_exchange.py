@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from sidecar.codecs.postgres.messages import Bind, Column
 from sidecar.model.record import ColumnPart, OperationPart, Record, ResponsePart, TimingPart, VerdictPart
@@ -56,6 +56,8 @@ class Decision:
     """Read differently under other settings: judged only where these are certain."""
     resets: bool = False
     """RESET ALL or DISCARD ALL: our setting has to be set again."""
+    unseen: bool = False
+    """May change the client's encoding, or run what does not stand in its text."""
     row_plans: dict[bytes, RowPlan] = field(default_factory=dict)
 
     @property
@@ -77,6 +79,8 @@ class Prepared:
     older: Prepared | None = None
     columns: tuple[Column, ...] | None = None
     description: bytes = b""
+    reading: str = ""
+    """The encoding in which the server read it (Judge.reading)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,11 +94,21 @@ class Portal:
     order: int = 0
     columns: tuple[Column, ...] | None = None
     description: bytes = b""
+    in_doubt: bool = False
+    """SQL may have ended it, so that a function could open another under its name."""
     described: bool = False
     """A Describe of it is on its way, so that its columns will be known before its rows."""
 
 
 Version = TypeVar("Version", Prepared, Portal)
+NAME_MAX_BYTES: Final = 62
+"""The server keeps the first 63 bytes of a name (NAMEDATALEN less one), in its own encoding: of longer names, and of those that are
+not ASCII, two may be one."""
+
+
+def own_name(name: bytes) -> bool:
+    """Whether no other name is the same for the server."""
+    return len(name) <= NAME_MAX_BYTES and name.isascii()
 
 
 def candidates(newest: Version | None, segment: int) -> list[Version]:

@@ -2,7 +2,8 @@
 
 What the server reads depends on two settings: `client_encoding` (in some, a backslash is the second half of a character) and
 `standard_conforming_strings`. Where they are uncertain, or where the grammar at hand cannot follow them, a text that would be read
-differently is refused: it cannot be judged.
+differently is refused: it cannot be judged. ASCII is ASCII in every encoding that PostgreSQL has; Python's codecs do not all agree
+(its `shift_jis_2004` reads a backslash as a yen sign), so that they see the rest only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sidecar.model.operation import SqlOperation
 from sidecar.model.record import OperationPart, Record
 from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
 from sidecar.policy import masks
+from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.sql import may_hold_secrets
 from sidecar.session.context import SessionContext, denial_message, verdict_part
 from sidecar.session.postgres_catalog import Catalog
@@ -45,13 +47,20 @@ _ELSEWHERE: Final = frozenset({"EXECUTE", "FETCH"})
 """Return rows of a statement whose text was seen earlier, or by nobody."""
 _OPAQUE_TEXT: Final = b"DO $$ a statement that was made out of sight $$"
 _CODECS: Final = {
-    "UTF8": "utf-8", "SQL_ASCII": "utf-8", "LATIN1": "latin-1", "LATIN2": "iso8859-2", "LATIN9": "iso8859-15",
-    "WIN1250": "cp1250", "WIN1251": "cp1251", "WIN1252": "cp1252", "KOI8R": "koi8-r", "EUC_JP": "euc_jp",
-    "EUC_KR": "euc_kr", "EUC_CN": "gb2312", "SJIS": "cp932", "SHIFT_JIS_2004": "shift_jis_2004",
-    "BIG5": "cp950", "GBK": "gbk", "GB18030": "gb18030", "UHC": "cp949", "JOHAB": "johab",
+    "UTF8": "utf-8", "LATIN1": "latin-1", "LATIN2": "iso8859-2", "LATIN3": "iso8859-3", "LATIN4": "iso8859-4",
+    "LATIN5": "iso8859-9", "LATIN6": "iso8859-10", "LATIN7": "iso8859-13", "LATIN8": "iso8859-14", "LATIN9": "iso8859-15",
+    "LATIN10": "iso8859-16", "ISO_8859_5": "iso8859-5", "ISO_8859_6": "iso8859-6", "ISO_8859_7": "iso8859-7",
+    "ISO_8859_8": "iso8859-8", "WIN866": "cp866", "WIN874": "cp874", "WIN1250": "cp1250", "WIN1251": "cp1251",
+    "WIN1252": "cp1252", "WIN1253": "cp1253", "WIN1254": "cp1254", "WIN1255": "cp1255", "WIN1256": "cp1256",
+    "WIN1257": "cp1257", "WIN1258": "cp1258", "KOI8R": "koi8-r", "KOI8U": "koi8-u", "EUC_JP": "euc_jp",
+    "EUC_KR": "euc_kr", "EUC_CN": "gb2312", "SJIS": "cp932", "BIG5": "cp950", "GBK": "gbk", "GB18030": "gb18030",
+    "UHC": "cp949",
 }  # fmt: skip
-_TRAILING_ASCII: Final = frozenset({"SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "GB18030", "UHC", "JOHAB"})
-"""Encodings of clients in which the second byte of a character may be an ASCII one."""
+"""By the names of PostgreSQL's manual, section "Character Set Support". In another (SHIFT_JIS_2004, JOHAB, EUC_TW, …) only ASCII can
+be judged."""
+_ENCODING: Final = frozenset({"client_encoding", "*"})
+_OUT_OF_SIGHT: Final = frozenset({"DO", "CALL", "LOAD", "EXECUTE", "FETCH"})
+"""Run what is not in the text."""
 
 
 class Judge:
@@ -67,6 +76,7 @@ class Judge:
         self.target: Any = None
         self.strings = True
         self.encoding = "UTF8"
+        self.server_encoding = "UTF8"
         self._decisions: dict[bytes, Decision] = {}
         self._by_verdict: dict[int, Decision] = {}
         """By the identity of a verdict, which the engine gives to all texts of one shape; the decision keeps it alive."""
@@ -82,7 +92,7 @@ class Judge:
         self.forget()
 
     def catalog_loaded(self, rows: list[list[bytes | None]]) -> None:
-        self.catalog.load(rows)
+        self.catalog.load(rows, "utf-8" if self.reading == "SQL_ASCII" else _CODECS.get(self.reading))
         self._forget_verdicts()
 
     def definitions_changed(self, decision: Decision) -> None:
@@ -107,6 +117,9 @@ class Judge:
         elif name == b"client_encoding":
             self.encoding = value.decode("ascii", "replace")
             self._read_anew()
+        elif name == b"server_encoding":
+            self.server_encoding = value.decode("ascii", "replace")
+            self._read_anew()
 
     def _read_anew(self) -> None:
         self.generation += 1
@@ -126,8 +139,9 @@ class Judge:
 
     # -- deciding
 
-    def decide(self, raw: bytes, *, certain: bool = True) -> Decision:
-        """`certain` False: an earlier message, not answered yet, may change the settings that texts are read with."""
+    def decide(self, raw: bytes, *, certain: bool = True, encoding_certain: bool = True) -> Decision:
+        """`certain` False: an earlier message, not answered yet, may change the settings that texts are read with;
+        `encoding_certain` False: it may change the encoding."""
         decision = self._decisions.get(raw)
         if decision is None:
             decision = self._build(raw)
@@ -138,6 +152,10 @@ class Judge:
         if decision.ambiguous and not certain and decision.denial is None:
             return self._unjudged(
                 raw, decision.text, decision.verdict, "an earlier message may change how its strings are read"
+            )
+        if not encoding_certain and decision.denial is None and not raw.isascii():
+            return self._unjudged(
+                raw, decision.text, decision.verdict, "an earlier message may change the client's encoding"
             )
         return decision
 
@@ -167,9 +185,10 @@ class Judge:
 
     def strictest(self, statements: Sequence[Prepared]) -> Decision:
         """A refusal before a hold before what passes; of several that pass, the masks of all."""
-        found = [self.decide(item.raw) if item.raw is not None else self.opaque() for item in statements] or [
-            self.opaque()
-        ]
+        found = [
+            self.decide(item.raw) if item.raw is not None and self.reads_alike(item) else self.opaque()
+            for item in statements
+        ] or [self.opaque()]
         if len(found) == 1:
             return found[0]
         for decision in found:
@@ -184,15 +203,28 @@ class Judge:
             record_plan=_merged([decision.record_plan for decision in found]),
             reached=True,
             rows=True,
+            steady=False,
+            unseen=True,
             row_plans={},
         )
 
+    @property
+    def reading(self) -> str:
+        """The encoding in which the server reads a text of now. Where either side has none (SQL_ASCII), nothing is converted."""
+        if self.encoding == "SQL_ASCII":
+            return self.server_encoding
+        return "SQL_ASCII" if self.server_encoding == "SQL_ASCII" else self.encoding
+
+    def reads_alike(self, prepared: Prepared) -> bool:
+        """Whether a text that the server has parsed would be the same if it came now."""
+        return prepared.raw is None or prepared.reading == self.reading or prepared.raw.isascii()
+
     def _build(self, raw: bytes) -> Decision:
-        text = self._text(raw)
-        if text is None:
-            return self._unjudged(
-                raw, raw.decode("latin-1"), None, f"it is not valid in the client's encoding {self.encoding}"
-            )
+        read = self._text(raw)
+        if read is None:
+            unreadable = f"it is not ASCII, and cannot be read in the client's encoding {self.encoding}"
+            return self._unjudged(raw, raw.decode("latin-1"), None, unreadable)
+        text = read
         verdict = self.engine.evaluate(
             SqlOperation("query", text, self.database, self.user, None, self.strings), self.facts
         )
@@ -245,9 +277,11 @@ class Judge:
             and not facts.settings
             and not facts.transaction_control
             and not facts.may_change_catalog
+            and kinds.isdisjoint(_OUT_OF_SIGHT)
             and all(item.access != "call" for item in verdict.objects),
             ambiguous=ambiguous,
             resets=resets,
+            unseen=self._does_unseen(verdict),
         )
         if kinds & _ELSEWHERE:
             return self._elsewhere(decision)
@@ -267,16 +301,37 @@ class Judge:
         )
         return Decision(
             text, alike.verdict, shown, alike.part, alike.passes, None, alike.plan, alike.record_plan,
-            alike.reached, alike.rows, alike.ddl, alike.steady, False, alike.resets, alike.row_plans,
+            alike.reached, alike.rows, alike.ddl, alike.steady, False, alike.resets, alike.unseen, alike.row_plans,
         )  # fmt: skip
 
     def _text(self, raw: bytes) -> str | None:
-        """As the server will read it; None where it cannot."""
-        codec = _CODECS.get(self.encoding, "utf-8")
+        """As the server will read it; None where nobody can tell."""
+        if raw.isascii():
+            return raw.decode("ascii")
+        reading = self.reading
+        if reading == "SQL_ASCII":
+            # Bytes without a meaning. Taken for UTF-8, as policies are, or for Latin-1 where nothing in it is UTF-8.
+            text = raw.decode("utf-8", "replace")
+            if "\ufffd" not in text:
+                return text
+            return raw.decode("latin-1") if text.replace("\ufffd", "").isascii() else None
+        codec = _CODECS.get(reading)
+        if codec is None:
+            return None
         try:
             return raw.decode(codec)
         except UnicodeDecodeError:
-            return None if self.encoding in _TRAILING_ASCII else raw.decode("latin-1")
+            return raw.decode("latin-1") if reading == "UTF8" else None  # there the server refuses it as well
+
+    def _does_unseen(self, verdict: Verdict) -> bool:
+        """Whether the statement may change the encoding of texts behind it, or run what does not stand in its text."""
+        facts = verdict.sql
+        if facts is None or not _ENCODING.isdisjoint(facts.settings):
+            return True
+        if not _OUT_OF_SIGHT.isdisjoint(verdict.statements):
+            return True
+        called = (item.name for item in verdict.objects if item.access == "call")
+        return any(name not in builtin_functions() or name in self.catalog.own for name in called)
 
     def _elsewhere(self, decision: Decision) -> Decision:
         """Rows of another statement: every column mask that may be in force on this connection is."""

@@ -8,7 +8,15 @@ from typing import Final
 from sidecar.codecs.postgres import messages
 from sidecar.errors import LimitExceeded, ProtocolError
 from sidecar.session.context import SessionContext, denial_message
-from sidecar.session.postgres_exchange import Decision, Exchange, Portal, Prepared, candidates
+from sidecar.session.postgres_exchange import (
+    Decision,
+    Exchange,
+    Portal,
+    Prepared,
+    Version,
+    candidates,
+    own_name,
+)
 from sidecar.session.postgres_refusal import Refusals
 from sidecar.session.postgres_startup import SERVER
 
@@ -16,6 +24,7 @@ PREPARED_MAX: Final = 65_536
 """Names of statements, and of portals, that one connection may have at once."""
 
 _head = struct.Struct("!cI").unpack_from
+_ENDS_PORTALS: Final = frozenset({"CLOSE", "COMMIT", "ROLLBACK", "PREPARE TRANSACTION", "DISCARD"})
 _WHOLE: Final = b"QPBFDEC"
 """Types that have to be whole to be judged."""
 
@@ -151,12 +160,20 @@ class Requests(Refusals):
         """No message that is still to be answered can change how a text is read."""
         return all(exchange.decision is None or exchange.decision.steady for exchange in self._pending)
 
+    def _decide(self, raw: bytes) -> Decision:
+        """On a text that the client sends now."""
+        decision = self.judge.decide(raw)
+        if decision.ambiguous and not self._certain():
+            return self.judge.decide(raw, certain=False)
+        if self._pending and not raw.isascii():
+            anew = any(item.decision is not None and item.decision.unseen for item in self._pending)
+            return self.judge.decide(raw, encoding_certain=not anew)
+        return decision
+
     def _simple(self, data: bytes, offset: int, after: int) -> None:
         if data[after - 1] != 0:
             raise ProtocolError("a Query is not terminated")
-        decision = self.judge.decide(data[offset + 5 : after - 1])
-        if decision.ambiguous and not self._certain():
-            decision = self.judge.decide(data[offset + 5 : after - 1], certain=False)
+        decision = self._decide(data[offset + 5 : after - 1])
         record_id = self.context.ids.new(self._now)
         self._record(self.judge.request(decision, "query", None, record_id, self._now))
         if decision.passes:
@@ -181,6 +198,29 @@ class Requests(Refusals):
             self.judge.definitions_changed(decision)
         if decision.resets and self._assertion is not None:
             self._reassert = True
+        self._note_names(decision)
+
+    def _note_names(self, decision: Decision) -> None:
+        """SQL can free a name that a message gave (DEALLOCATE, CLOSE, the end of a transaction), and give it to another statement:
+        what then stands under it is judged as a statement that nobody saw."""
+        facts = decision.verdict.sql
+        if facts is None:
+            return
+        for given in facts.prepared:
+            if given.encode() in self._statements:
+                self._statements[given.encode()] = Prepared(None, confirmed=True)
+        if not self._portals:
+            return
+        for given in facts.cursors:
+            if given.encode() in self._portals:
+                self._portals[given.encode()] = Portal((Prepared(None),), None, confirmed=True)
+        if decision.unseen:
+            for name, portal in list(self._portals.items()):
+                if portal.in_doubt:
+                    self._portals[name] = Portal((Prepared(None),), None, confirmed=True)
+        if not _ENDS_PORTALS.isdisjoint(facts.statements):
+            for portal in self._portals.values():
+                portal.in_doubt = True
 
     def _parse(self, data: bytes, offset: int, after: int) -> None:
         body = offset + 5
@@ -189,9 +229,7 @@ class Requests(Refusals):
         if stop < 0:
             raise ProtocolError("a Parse is not terminated")
         name, raw = data[body:end], data[end + 1 : stop]
-        decision = self.judge.decide(raw)
-        if decision.ambiguous and not self._certain():
-            decision = self.judge.decide(raw, certain=False)
+        decision = self._decide(raw)
         if decision.denial is not None:
             record_id = self.context.ids.new(self._now)
             self._record(self.judge.request(decision, "parse", None, record_id, self._now))
@@ -206,10 +244,16 @@ class Requests(Refusals):
             )
         exchange = self._expect("P")
         exchange.name = name
-        exchange.version = self._statements[name] = Prepared(raw, self._segment, older=older)
+        exchange.version = self._statements[name] = Prepared(
+            raw, self._segment, older=older, reading=self.judge.reading
+        )
+
+    def _named(self, table: dict[bytes, Version], name: bytes) -> list[Version]:
+        """What the server may have under a name; nothing that is known of a name which may be another's."""
+        return candidates(table.get(name), self._segment) if own_name(name) else []
 
     def _bind(self, bind: messages.Bind) -> None:
-        statements = candidates(self._statements.get(bind.statement), self._segment)
+        statements = self._named(self._statements, bind.statement)
         older = self._portals.get(bind.portal)
         if older is None and len(self._portals) >= PREPARED_MAX:
             raise LimitExceeded(f"{PREPARED_MAX} portals", limit="portals", value=PREPARED_MAX)
@@ -222,10 +266,10 @@ class Requests(Refusals):
     def _describe(self, statement: bool, name: bytes) -> None:
         exchange = self._expect("D")
         if statement:
-            found = candidates(self._statements.get(name), self._segment)
+            found = self._named(self._statements, name)
             exchange.prepared = found[0] if len(found) == 1 else None
         else:
-            portals = candidates(self._portals.get(name), self._segment)
+            portals = self._named(self._portals, name)
             if len(portals) == 1:
                 exchange.portal = portals[0]
                 portals[0].described = True
@@ -250,7 +294,7 @@ class Requests(Refusals):
         end = data.find(b"\0", offset + 5, after)
         if end < 0:
             raise ProtocolError("an Execute is not terminated")
-        portals = candidates(self._portals.get(data[offset + 5 : end]), self._segment)
+        portals = self._named(self._portals, data[offset + 5 : end])
         if len(portals) == 1:
             portal = portals[0]
             decision = self.judge.strictest(portal.statements)
@@ -277,7 +321,7 @@ class Requests(Refusals):
         decision: Decision,
         portal: Portal,
         record_id: str,
-        name: bytes | None = None,
+        name: bytes,
         offset: int = 0,
     ) -> Exchange:
         if (
@@ -289,8 +333,6 @@ class Requests(Refusals):
             # Rows without a description cannot be masked: ask for it, unseen by the client. What was said of the statement
             # earlier does not count: search_path may have changed since.
             self._flush(offset)
-            if name is None:
-                name = portal.bind.portal if portal.bind is not None else b""
             self._send(SERVER, messages.describe_portal(name))
             hidden = self._expect("D")
             hidden.hidden, hidden.portal = True, portal

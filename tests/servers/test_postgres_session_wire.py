@@ -240,10 +240,11 @@ def test_an_encoding_in_which_a_backslash_is_half_a_character(relay: SessionRela
     assert rows(wire.ask(query("SELECT count(*) FROM plain"))) == [[b"1"]]
 
 
-def test_a_cancel_request_reaches_the_server(relay: SessionRelay, wire: Wire) -> None:
+def test_a_cancel_request_reaches_the_server(server: PostgresServer, relay: SessionRelay, wire: Wire) -> None:
     key = next(body for kind, body in wire.greeting if kind == "K")
     wire.send(query("SELECT pg_sleep(20)"))
-    relay.wait_for(lambda: "pg_sleep" in "".join(relay.texts()))
+    running = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query = 'SELECT pg_sleep(20)'"
+    relay.wait_for(lambda: server.sql(running) == "1")
     with socket.create_connection((relay.address.host, relay.address.port), timeout=5) as other:
         other.sendall((16).to_bytes(4) + (80877102).to_bytes(4) + key)
         assert other.recv(10) == b""
@@ -285,3 +286,135 @@ def test_a_client_that_leaves_withdraws_its_hold(relay: SessionRelay, wire: Wire
     wire.socket.close()
     relay.wait_for(lambda: relay.withdrawn)
     assert relay.withdrawn == [relay.holds[0].hold_id]
+
+
+def test_ascii_is_ascii_in_every_encoding(server: PostgresServer, relay: SessionRelay, wire: Wire) -> None:
+    """Python's shift_jis_2004 and johab read a backslash as another character, so that the string would end elsewhere."""
+    wire.ask(query("SET backslash_quote = on"))
+    for encoding in ("SHIFT_JIS_2004", "JOHAB", "SJIS", "BIG5", "EUC_TW", "KOI8U"):
+        wire.ask(query(f"SET client_encoding = '{encoding}'"))
+        found = wire.ask(query(r"SELECT E'\''; DROP TABLE plain; --'"))
+        assert [error["C"] for error in errors(found)] == ["42501"], encoding
+    assert server.sql("SELECT count(*) FROM plain") == "1"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "codec"),
+    [("UTF8", "utf-8"), ("KOI8R", "koi8-r"), ("KOI8U", "koi8-u"), ("WIN866", "cp866"), ("ISO_8859_5", "iso8859-5"),
+     ("EUC_JIS_2004", "euc_jis_2004"), ("WIN1251", "cp1251")],
+)  # fmt: skip
+def test_names_are_the_same_in_every_encoding(server: PostgresServer, encoding: str, codec: str) -> None:
+    server.sql('DROP TABLE IF EXISTS "люди"; CREATE TABLE "люди" ("инн" text)')
+    server.sql(f"INSERT INTO \"люди\" VALUES ('{SSN.decode()}')")
+    rules = '[{name: kept, when: {statement: DROP, table: "public.люди"}, deny: not here}, {name: pii, mask: {columns: {"люди.инн": redact}}}]'
+    engine = load_policy(f"version: 1\nrules: {rules}\n", "policy.yaml")
+    with (
+        SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay,
+        Wire(relay.address, client_encoding=encoding) as wire,
+    ):
+        assert errors(wire.ask(query('DROP TABLE "люди"'.encode(codec))))[0]["C"] == "42501"
+        for text in ('SELECT "инн" FROM "люди"'.encode(codec), rb'SELECT * FROM U&"\043b\044e\0434\0438"'):
+            assert SSN not in b"".join(body for _, body in wire.ask(query(text)))
+        # An earlier message may change the encoding: what is not ASCII cannot be judged before it is answered.
+        change = query("SELECT set_config('client_encoding', 'KOI8R', false)")
+        found = wire.ask(change, query('DROP TABLE "люди"'.encode("koi8-r")), count=2)
+        assert errors(found)[0]["C"] == "42501"
+    assert server.sql('SELECT count(*) FROM "люди"') == "1"
+
+
+def test_what_has_no_encoding_is_not_taken_for_two(server: PostgresServer, relay: SessionRelay) -> None:
+    """SQL_ASCII: a byte that is no UTF-8 anywhere in a text must not change how its names are read."""
+    server.sql("DROP DATABASE IF EXISTS bytes")
+    server.sql("CREATE DATABASE bytes ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    rules = '[{name: kept, when: {statement: DROP, table: "люди"}, deny: not here}]'
+    engine = load_policy(f"version: 1\nrules: {rules}\n", "policy.yaml")
+    with SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay:
+        for encoding in ("UTF8", "SQL_ASCII", "LATIN1"):
+            with Wire(relay.address, database="bytes", client_encoding=encoding) as wire:
+                assert not errors(wire.ask(query('CREATE TABLE IF NOT EXISTS "люди" (a int)')))
+                for text in ('DROP TABLE "люди"'.encode(), 'DROP TABLE "люди" -- '.encode() + b"\xff"):
+                    assert errors(wire.ask(query(text)))[0]["C"] in ("42501", "22021")
+                assert rows(wire.ask(query('SELECT count(*) FROM "люди"'))) == [[b"0"]]
+                assert (
+                    not errors(wire.ask(query("SELECT 'Stra\xdfe'".encode("latin-1")))) or encoding == "UTF8"
+                )
+
+
+def test_a_prepared_text_is_not_read_again_in_another_encoding(server: PostgresServer) -> None:
+    server.sql('DROP TABLE IF EXISTS "люди"; CREATE TABLE "люди" (a int); INSERT INTO "люди" VALUES (1)')
+    rules = '[{name: two, when: {statement: DELETE, table: "люди"}, approve: {within: 1m}}]'
+    engine = load_policy(f"version: 1\nrules: {rules}\n", "policy.yaml")
+    with (
+        SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay,
+        Wire(relay.address, client_encoding="KOI8R") as wire,
+    ):
+        wire.ask(parse('DELETE FROM "люди"'.encode("koi8-r"), "s"), SYNC)
+        wire.ask(query("SET client_encoding = 'UTF8'"))
+        wire.send(bind(statement="s"), execute(), SYNC)
+        relay.wait_for(lambda: relay.holds)
+        assert server.sql('SELECT count(*) FROM "люди"') == "1"
+
+
+CLEAN, SECRET = "SELECT upper(name) FROM other_people", "SELECT upper(ssn) FROM customers"
+
+
+@pytest.fixture
+def harmless(server: PostgresServer, relay: SessionRelay) -> None:
+    server.sql("CREATE OR REPLACE VIEW other_people AS SELECT 'x'::text AS name")
+    server.sql(
+        "CREATE OR REPLACE FUNCTION opens(c refcursor) RETURNS refcursor LANGUAGE plpgsql AS "
+        f"'BEGIN OPEN c FOR {SECRET}; RETURN c; END'"
+    )
+
+
+def shown(found: list[tuple[str, bytes]]) -> list[list[bytes | None]]:
+    assert not errors(found)
+    return rows(found)
+
+
+def test_a_name_that_sql_gives_again(server: PostgresServer, harmless: None) -> None:
+    with masking(server) as relay, Wire(relay.address) as wire:
+        for free in ("DEALLOCATE s", "DEALLOCATE ALL", "DISCARD ALL"):
+            wire.ask(query("DEALLOCATE ALL"))
+            wire.ask(parse(CLEAN, "s"), SYNC)
+            wire.ask(query(free))
+            found = wire.ask(query(f"PREPARE s AS {SECRET}"), bind(statement="s"), execute(), SYNC, count=2)
+            assert shown(found) == [[b"[redacted]"]], free
+        wire.ask(query("DEALLOCATE ALL"), parse(CLEAN, "s"), SYNC, count=2)
+        wire.ask(query(f"DEALLOCATE s; PREPARE s AS {SECRET}"))
+        assert shown(wire.ask(bind(statement="s"), execute(), SYNC)) == [[b"[redacted]"]]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [["CLOSE p", f"DECLARE p CURSOR FOR {SECRET}"], ["ROLLBACK TO a", f"DECLARE p CURSOR FOR {SECRET}"],
+     [f"COMMIT; BEGIN; DECLARE p CURSOR FOR {SECRET}"], ["COMMIT AND CHAIN", f"DECLARE p CURSOR FOR {SECRET}"],
+     ["ROLLBACK TO a", "SELECT opens('p')"], ["CLOSE ALL", "SELECT opens('p')"]],
+)  # fmt: skip
+def test_a_portal_that_sql_opens_again(server: PostgresServer, harmless: None, again: list[str]) -> None:
+    with masking(server) as relay, Wire(relay.address) as wire:
+        wire.ask(query("BEGIN"), query("SAVEPOINT a"), count=2)
+        wire.ask(parse(CLEAN), bind(portal="p"), describe("p"), SYNC)
+        for text in again:
+            assert not errors(wire.ask(query(text)))
+        assert shown(wire.ask(execute("p"), SYNC)) == [[b"[redacted]"]]
+
+
+def test_names_that_are_one_for_the_server(server: PostgresServer, harmless: None) -> None:
+    """It keeps the first 63 bytes."""
+    one, other = "n" * 63 + "1", "n" * 63 + "2"
+    with masking(server) as relay, Wire(relay.address) as wire:
+        wire.ask(parse(CLEAN, one), SYNC)
+        wire.ask(close(other), parse(SECRET, other), SYNC)
+        assert shown(wire.ask(bind(statement=one), execute(), SYNC)) == [[b"[redacted]"]]
+        wire.ask(query("BEGIN"))
+        wire.ask(parse(CLEAN), bind(portal=one), describe(one), SYNC)
+        wire.ask(close(other, "P"), parse(SECRET), bind(portal=other), SYNC)
+        assert shown(wire.ask(execute(one), SYNC)) == [[b"[redacted]"]]
+
+
+def masking(server: PostgresServer) -> SessionRelay:
+    engine = load_policy(
+        "version: 1\nrules: [{name: pii, mask: {columns: {customers.ssn: redact}}}]\n", "policy.yaml"
+    )
+    return SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port))
