@@ -6,7 +6,8 @@ are then unknown, and deny, approve and mask rules fire on unknown. postgast is 
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Final
 
 import postgast
 
@@ -21,12 +22,23 @@ from sidecar.policy.sql_vocabulary import STATEMENT_KINDS
 from sidecar.policy.sql_walker import Walker
 
 
+_PARAMETER: Final = re.compile(r"\$\d+")
+_CONSTANT: Final = re.compile(r"'|(?<![\w$])\d")
+
+
 def normalise(text: str) -> str | None:
     """The text with its constants replaced by $n; None where it cannot be parsed. For shape caching."""
     try:
         return str(postgast.normalize(text))
     except (postgast.PgQueryError, UnicodeEncodeError, ValueError):
         return None
+
+
+def constants_differ_only(text: str) -> bool:
+    """Whether `normalise` takes every number and every string out of a text. It leaves those of `ORDER BY 2` and `GROUP BY 1`, which
+    are columns, and of type modifiers: texts that differ in such ones are different statements."""
+    shape = normalise(text)
+    return shape is not None and _CONSTANT.search(_PARAMETER.sub("", shape)) is None
 
 
 def analyse(text: str) -> Analysis:
@@ -76,6 +88,7 @@ __all__ = [
     "Analysis",
     "Table",
     "analyse",
+    "constants_differ_only",
     "flows",
     "literal_span",
     "may_hold_secrets",

@@ -21,7 +21,7 @@ from sidecar.model.record import OperationPart, Record
 from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
 from sidecar.policy import masks
 from sidecar.policy.builtin_functions import builtin_functions
-from sidecar.policy.sql import may_hold_secrets
+from sidecar.policy.sql import constants_differ_only, may_hold_secrets
 from sidecar.session.context import SessionContext, denial_message, verdict_part
 from sidecar.session.postgres_catalog import Catalog
 from sidecar.session.postgres_exchange import Decision, Prepared
@@ -81,7 +81,7 @@ class Judge:
         self._by_verdict: dict[int, Decision] = {}
         """By the identity of a verdict, which the engine gives to all texts of one shape; the decision keeps it alive."""
         self._shapes: dict[bytes, Decision] = {}
-        """By `postgres_lane.shape`: only where the engine gave one verdict to two texts of that shape."""
+        """By `postgres_lane.shape`: only where the engine gave one verdict to two texts of that shape, and would to all."""
         self._column_masks: bool | None = None
         self.generation = 0
         """Counts what made earlier decisions void."""
@@ -232,7 +232,12 @@ class Judge:
         alike = self._by_verdict.get(id(verdict))
         if alike is not None and not ambiguous and len(raw) <= DECISION_TEXT_MAX_BYTES:
             key = shape(raw) if COMPILED else None
-            if key is not None and key == shape(alike.text.encode()):
+            if (
+                key is not None
+                and key not in self._shapes
+                and key == shape(alike.text.encode())
+                and constants_differ_only(text)
+            ):
                 if len(self._shapes) >= DECISIONS_MAX:
                     self._shapes.clear()
                 self._shapes[key] = alike

@@ -418,3 +418,21 @@ def masking(server: PostgresServer) -> SessionRelay:
         "version: 1\nrules: [{name: pii, mask: {columns: {customers.ssn: redact}}}]\n", "policy.yaml"
     )
     return SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port))
+
+
+def test_a_number_that_is_a_column_is_not_shared_between_texts(
+    server: PostgresServer, relay: SessionRelay
+) -> None:
+    """`ORDER BY 1` and `ORDER BY 2` have one shape, and are two statements."""
+    text = "version: 1\npredicates: deny\nrules: [{name: pii, mask: {columns: {customers.ssn: redact}}}]\n"
+    engine = load_policy(text, "policy.yaml")
+    with (
+        SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay,
+        Wire(relay.address) as wire,
+    ):
+        for number in range(4):
+            assert not errors(
+                wire.ask(query(f"SELECT name, ssn FROM customers WHERE id > {number} ORDER BY 1"))
+            )
+        found = wire.ask(query("SELECT name, ssn FROM customers WHERE id > 9 ORDER BY 2"))
+        assert [error["C"] for error in errors(found)] == ["42501"]
