@@ -191,10 +191,12 @@ def function_matches(pattern: str, function: str) -> bool:
     )
 
 
-def _calls(analysis: Analysis) -> set[str]:
-    """Each function once: with its schema where it has one."""
+def _calls(analysis: Analysis, every: bool) -> set[str]:
+    """Each function once: with its schema where it has one. `(x).f` and `t.f` may be calls as well; of the latter nearly every one is
+    a column, which an allow need not name."""
     qualified = {name for name in analysis.functions if "." in name}
-    return qualified | (analysis.functions - {name.rpartition(".")[2] for name in qualified})
+    plain = analysis.functions - {name.rpartition(".")[2] for name in qualified}
+    return qualified | plain | analysis.value_fields | (set() if every else analysis.row_fields)
 
 
 def _tables(patterns: tuple[str, ...], *, read: bool, written: bool) -> Callable[[Analysis, bool], Answer]:
@@ -481,7 +483,7 @@ def compile_when(when: When) -> tuple[Selector, ...]:
             _sql_fact(
                 "function",
                 lambda a, every: _among(
-                    (any(function_matches(n, f) for n in names) for f in _calls(a)), every
+                    (any(function_matches(n, f) for n in names) for f in _calls(a, every)), every
                 ),
             )
         )

@@ -21,7 +21,6 @@ from sidecar.policy.sql_tree import TooDeep, unwrap
 from sidecar.policy.sql_vocabulary import STATEMENT_KINDS
 from sidecar.policy.sql_walker import Walker
 
-
 _PARAMETER: Final = re.compile(r"\$\d+")
 _CONSTANT: Final = re.compile(r"'|(?<![\w$])\d")
 

@@ -30,6 +30,10 @@ class Analysis:
     writes: set[Table] = field(default_factory=set)
     functions: set[str] = field(default_factory=set)
     """Both `schema.name` and `name` where qualified."""
+    value_fields: set[str] = field(default_factory=set)
+    """`f` of `(x).f`: a field, or the function f(x)."""
+    row_fields: set[str] = field(default_factory=set)
+    """`f` of `t.f`: a column, or a function of t's row. Only names that could be such a function's."""
     without_where: bool = False
     opaque: bool = False
     settings: set[str] = field(default_factory=set)
@@ -74,7 +78,17 @@ def together(parts: list[Analysis]) -> Analysis:
         found.bound_literals += part.bound_literals
         found.bound_parameters += part.bound_parameters
         found.do_bodies += part.do_bodies
-        for name in ("reads", "writes", "functions", "settings", "stored", "prepared", "cursors"):
+        for name in (
+            "reads",
+            "writes",
+            "functions",
+            "settings",
+            "stored",
+            "prepared",
+            "cursors",
+            "value_fields",
+            "row_fields",
+        ):
             getattr(found, name).update(getattr(part, name))
         for name in (
             "without_where", "opaque", "copy_out", "transaction", "constant_sensitive", "too_deep",

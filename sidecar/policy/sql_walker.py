@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.sql_facts import Analysis, Table
 from sidecar.policy.sql_tree import (
     MAX_DEPTH,
@@ -26,6 +27,7 @@ from sidecar.policy.sql_vocabulary import (
     NOT_FLOWING,
     ONLY_WRITTEN,
     OPAQUE,
+    ROW_FUNCTIONS,
     TABLE_BY_NAME,
     TRANSACTION,
 )
@@ -301,6 +303,10 @@ class Walker:
             return
         if name == "FuncCall":
             self._function(node)
+        elif name == "A_Indirection":
+            self.found.value_fields.update(strings(node.indirection))
+        elif name == "ColumnRef" and len(node.fields) > 1:
+            self._row_field(column_name(node))
         if name in COMPARES and not self.comparing:
             self.comparing = True
             self._comparison(node)
@@ -314,6 +320,10 @@ class Walker:
             return
         if node.relname:
             self.found.reads.add(Table(node.schemaname, node.relname))
+
+    def _row_field(self, name: str) -> None:
+        if name in ROW_FUNCTIONS or name not in builtin_functions():
+            self.found.row_fields.add(name)
 
     def _function(self, node: Any) -> None:
         names = strings(node.funcname)

@@ -380,3 +380,26 @@ def test_judging_never_raises(text: str, scs: bool) -> None:
 def test_conjunction_is_kleenes(answers: list[bool | None]) -> None:
     expected = False if False in answers else None if None in answers else True
     assert all_of(answers) is expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["SELECT (10::float8).pg_sleep", "SELECT (v).pg_sleep FROM t", "SELECT (a[1]).pg_sleep FROM t", "SELECT ((SELECT 10)).pg_sleep",
+     "SELECT o.leak FROM orders o", "SELECT o.* FROM orders o WHERE o.leak = 'x'", "SELECT (o).leak FROM orders o",
+     "SELECT o.row_to_json FROM orders o", "SELECT public.orders.leak FROM public.orders"],
+)  # fmt: skip
+def test_a_function_that_is_written_as_a_field(text: str) -> None:
+    policy = load_policy(
+        "version: 1\nrules: [{name: calls, when: {function: [pg_sleep, leak, row_to_json]}, deny: these}]\n",
+        "p",
+    )
+    assert judge(policy, text).action is Action.DENY
+
+
+def test_a_field_that_may_be_a_function_is_not_allowed_by_another() -> None:
+    policy = load_policy(
+        "version: 1\ndefault: deny\nrules: [{name: count, when: {function: [count]}, allow: true}]\n", "p"
+    )
+    assert judge(policy, "SELECT count(*) FROM t").action is Action.ALLOW
+    assert judge(policy, "SELECT count(t.a) FROM t").action is Action.ALLOW
+    assert judge(policy, "SELECT count(*), ('x'::text).pg_read_file FROM t").action is Action.DENY
