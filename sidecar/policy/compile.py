@@ -9,16 +9,17 @@ from typing import Any
 
 import re2
 
-from sidecar.documents import load_document, nearest, parse_duration, read_document
+from sidecar.documents import Lines, load_document, nearest, parse_duration, read_document
 from sidecar.errors import ConfigurationError
 from sidecar.model.verdict import Action, ApproveTerms
-from sidecar.policy import masks
+from sidecar.policy import masks, never
 from sidecar.policy.document import PolicyDocument, Rule, When
 from sidecar.policy.engine import CompiledException, CompiledRule, Policy
 from sidecar.policy.masks import DETECTORS, EMPTY, Plan
 from sidecar.policy.selectors import HTTP_ONLY, SQL_ONLY, compile_when, on_connect, words
 from sidecar.policy.sql import STATEMENT_KINDS
 
+_OF_A_CONFIGURATION = ("steering", "identity", "targets", "audit", "upstream")
 _PROTOCOLS = ("postgres", "http", "opaque", "unknown")
 
 
@@ -68,6 +69,9 @@ class _Compiler:
                 f"this can never hold: `{http_names[0]}` is only known for HTTP", *path, http_names[0]
             )
         try:
+            problem = never.in_when(when)
+            if problem:
+                raise self.fail(problem.message, *path, *problem.path, hint=problem.hint)
             return compile_when(when)
         except re2.error as error:
             said = error.args[0].decode(errors="replace") if error.args else ""
@@ -78,7 +82,12 @@ class _Compiler:
                 hint="look-around and \\1 are not in RE2",
             ) from error
         except ValueError as error:
-            raise self.fail(f"this condition cannot be compiled: {error}", *path) from error
+            raise self.fail(
+                f"this condition cannot be compiled: {error}",
+                *path,
+                "cel",
+                hint="CEL: operation.protocol == 'postgres' && target.port == 5432; docs/policy.md lists the names",
+            ) from error
 
     def until(self, text: str | None, *path: str | int) -> datetime.datetime | None:
         if text is None:
@@ -157,6 +166,9 @@ class _Compiler:
         mask = rule.mask
         if mask is None:
             return EMPTY
+        problem = never.in_mask(mask, rule.when)
+        if problem:
+            raise self.fail(problem.message, *here, *problem.path, hint=problem.hint)
 
         def make(spec: Any, part: str, key: str) -> Any:
             try:
@@ -207,6 +219,25 @@ def load_policy(
 ) -> Policy:
     """Parse, check and compile. `now_ns` is the clock for `until`; without one a
     flow's opening time counts. Raises ConfigurationError with file, line and the nearest valid name."""
+    try:
+        return _load(text, file, hash_key, upstream, now_ns)
+    except ConfigurationError as error:
+        error.hint = error.hint or "docs/policy.md has every selector, action and mask, with examples"
+        raise
+
+
+def _load(
+    text: str, file: str, hash_key: bytes | None, upstream: bool, now_ns: Callable[[], int] | None
+) -> Policy:
+    data, lines = read_document(text, file)
+    strange = next((name for name in _OF_A_CONFIGURATION if isinstance(data, dict) and name in data), None)
+    if strange is not None:
+        raise ConfigurationError(
+            "this is a configuration, not a policy",
+            file=file,
+            line=lines[(strange,)],
+            hint="`sidecar doctor -c FILE` checks a configuration",
+        )
     document = load_document(text, file, PolicyDocument)
     compiler = _Compiler(text, file, hash_key, upstream)
     names: set[str] = set()
@@ -234,7 +265,7 @@ def load_policy(
         revision=hashlib.sha256(text.encode() + b"\0" + (hash_key or b"")).hexdigest()[:16],
         document=document,
         rules=rules,
-        warnings=_warnings(document),
+        warnings=_warnings(document, compiler.lines),
         host_names=frozenset(
             host for host in hosts if "*" not in host and "/" not in host and not _is_address(host)
         ),
@@ -249,8 +280,14 @@ def _is_address(host: str) -> bool:
     return host.replace(".", "").isdigit() or ":" in host
 
 
-def _warnings(document: PolicyDocument) -> tuple[str, ...]:
+def _warnings(document: PolicyDocument, lines: Lines) -> tuple[str, ...]:
     found = []
+    for later, earlier in never.shadowed(document):
+        names = document.rules[later].name, document.rules[earlier].name
+        found.append(
+            f"rule `{names[0]}` (line {lines[('rules', later)]}) never decides: `{names[1]}` (line {lines[('rules', earlier)]}) "
+            "stands before it and matches all that it does"
+        )
     for rule in document.rules:
         wild = [host for host in words(rule.when.host) if "*" in host]
         http_only = "http" in words(rule.when.protocol) or any(

@@ -75,7 +75,7 @@ def file(tmp_path: Path) -> Path:
 def test_check_says_what_it_read_and_warns_on_stderr(file: Path) -> None:
     done = sidecar("check", file)
     assert done.returncode == 0
-    assert done.stdout.startswith("ok: 2 rules, 1 tests, revision ")
+    assert done.stdout.startswith("ok: 2 rules, 1 test, revision ")
     assert "no source for PostgreSQL in plain text" in done.stderr
     found = json.loads(sidecar("check", file, "--json").stdout)
     assert (found["ok"], found["rules"], len(found["warnings"])) == (True, 2, 1)
@@ -111,6 +111,33 @@ def test_check_names_file_line_and_the_nearest_valid_name(
     assert f"{file}:{line}" in done.stderr, done.stderr
     assert says in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_check_warns_of_what_has_ended(inside: Inside, file: Path) -> None:
+    file.write_text(
+        DOCUMENT.replace(
+            "    deny: schema",
+            "    except: [{name: old, when: {user: x}, until: 2020-01-01}]\n    deny: schema",
+        )
+    )
+    done = inside("check", file)
+    assert done.returncode == 0
+    assert "warning: rule `no-drops`: exception `old` has ended: until 2020-01-01" in done.stderr
+    file.write_text(file.read_text().replace("2020", "2999"))
+    assert "has ended" not in inside("check", file).stderr
+
+
+def test_explain_judges_one_thing(inside: Inside, file: Path) -> None:
+    done = inside(
+        "explain", "--policy", file, "--statement", "SELECT 1", "--method", "GET", "--url", "http://h/"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "not both" in done.stderr
+
+
+def test_explain_says_which_option_would_tell_what_is_unknown(inside: Inside, file: Path) -> None:
+    done = inside("explain", "--policy", file, "--statement", "DROP TABLE t")
+    assert "not known here: host (give --host)" in done.stdout
 
 
 def test_check_of_what_is_no_file(inside: Inside, tmp_path: Path) -> None:
