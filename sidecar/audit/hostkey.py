@@ -98,10 +98,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_pair(directory: Path) -> None:
-    """Where the private key is there, it has to be the public one's (and closed to others). Raises AuditError."""
+    """Where the private key is there, it has to be the public one's (and closed to others). Raises AuditError; PermissionError
+    where it may not be read."""
     if (directory / KEY_FILE).exists():
         try:
             _load(directory / KEY_FILE, directory / PUBLIC_FILE)
+        except PermissionError:
+            raise
         except OSError as error:
             raise AuditError(
                 f"the signing key {directory / KEY_FILE} cannot be read: {error.strerror}"
@@ -109,10 +112,13 @@ def check_pair(directory: Path) -> None:
 
 
 def load_public(path: Path) -> bytes:
-    """32 raw bytes from a file of 64 hex digits and a line feed, exactly."""
+    """32 raw bytes from a file of 64 hex digits and a line feed, exactly. Raises AuditError; PermissionError where it may not be
+    read."""
     try:
         text = path.read_text(encoding="ascii")
         public = bytes.fromhex(text.removesuffix("\n"))
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise AuditError(f"{path} is no public key") from error
     if len(public) != 32 or text != public.hex() + "\n":

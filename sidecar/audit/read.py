@@ -157,15 +157,6 @@ def _stream_records(directory: Path, stream: str, damaged: Damaged) -> Iterator[
         damaged(error)
 
 
-def _streams(directory: Path) -> list[str]:
-    try:
-        return stream_names(directory)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise AuditError(
-            f"there is no audit directory {directory}", hint="name one with --directory"
-        ) from error
-
-
 def _opened_ns(stream: str) -> int:
     """When a stream was opened, by its name (UUIDv7); 0 for a name that is none."""
     try:
@@ -176,7 +167,7 @@ def _opened_ns(stream: str) -> int:
 
 def records(directory: Path, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
     """All records: streams merged by time, each in the order of its chain."""
-    waiting = deque(_streams(directory))
+    waiting = deque(stream_names(directory))
     heap: list[tuple[int, int, dict[str, Any], Iterator[dict[str, Any]]]] = []
     number = 0
     while waiting or heap:
@@ -231,7 +222,7 @@ class Joiner:
 
 def _search(directory: Path, wanted: bytes, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
     """Records whose stored bytes hold `wanted`."""
-    for stream in _streams(directory):
+    for stream in stream_names(directory):
         for path in segment_paths(directory, stream):
             if not _holds(path, wanted):
                 continue
@@ -349,7 +340,7 @@ class Follower:
     def newest(self, count: int) -> list[dict[str, Any]]:
         """The last `count` records that are there, in order of time. Call it first, with 0 for none."""
         found: list[dict[str, Any]] = []
-        for stream in _streams(self._directory):
+        for stream in stream_names(self._directory):
             wanted = count
             for age, path in enumerate(reversed(segment_paths(self._directory, stream))):
                 if not wanted and age > 1:  # the writer may still be in the last but one
@@ -365,7 +356,7 @@ class Follower:
         """What was written since the last call, in order of time."""
         found = [
             _decode(*place)
-            for stream in _streams(self._directory)
+            for stream in stream_names(self._directory)
             for path in segment_paths(self._directory, stream)
             for place in self._new(path)
         ]

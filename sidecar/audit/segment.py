@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 import msgpack
 
 from sidecar.audit import chain
-from sidecar.errors import AuditError
+from sidecar.errors import AuditError, ConfigurationError, PrerequisiteError
 
 MAGIC: Final = b"SCS1"
 FRAME: Final = struct.Struct("<I32s")
@@ -218,9 +218,35 @@ def segment_number(path: Path) -> int:
         raise AuditError(f"{path.name} is no segment") from error
 
 
+def list_directory(directory: Path) -> list[str]:
+    """Names of the files of an audit directory. Raises AuditError where there is none, ConfigurationError where it is something
+    else, PrerequisiteError where this user may not read it."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError as error:
+        raise AuditError(
+            f"there is no audit directory {directory}", hint="name one with --directory"
+        ) from error
+    except NotADirectoryError as error:
+        raise ConfigurationError(
+            f"{directory} is a file, no audit directory", hint="name the directory that holds it"
+        ) from error
+    except PermissionError as error:
+        raise not_readable(error, directory) from error
+
+
+def not_readable(error: PermissionError, directory: Path) -> PrerequisiteError:
+    return PrerequisiteError(
+        f"{error.filename or directory} may not be read by this user: {error.strerror}",
+        hint="run it as root, or as the directory's owner",
+    )
+
+
 def stream_names(directory: Path) -> list[str]:
     """All streams that have any file, oldest first (their names are UUIDv7)."""
-    return sorted({name.split(".")[0] for name in os.listdir(directory) if name.endswith(STREAM_SUFFIXES)})
+    return sorted(
+        {name.split(".")[0] for name in list_directory(directory) if name.endswith(STREAM_SUFFIXES)}
+    )
 
 
 def open_lock(directory: Path, stream: str, *, create: bool = False) -> int | None:

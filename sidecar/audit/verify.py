@@ -8,17 +8,16 @@ doing.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from sidecar.audit import hostkey
-from sidecar.audit.ledger import DROPPED, OPENED, REMOVED, RETIRED, Entry, LedgerReader
+from sidecar.audit.ledger import DROPPED, LEDGER_FILE, OPENED, REMOVED, RETIRED, Entry, LedgerReader
 from sidecar.audit.receipt import RECEIPT, read_line
 from sidecar.audit.report import LEDGER_STREAM, Report, StreamReport
 from sidecar.audit.retention import COLLECTOR_KEY
-from sidecar.audit.segment import STREAM_SUFFIXES, is_live, lock_path
+from sidecar.audit.segment import STREAM_SUFFIXES, is_live, list_directory, lock_path, not_readable
 from sidecar.audit.verify_stream import Known, verify_stream
 from sidecar.errors import AuditError
 
@@ -56,23 +55,31 @@ class _Survey:
 
 
 def verify(directory: Path) -> Report:
-    """Never raises for what is in the directory; AuditError where there is none."""
-    if not directory.is_dir():
-        raise AuditError(f"there is no audit directory {directory}", hint="name one with --directory")
-    report = Report(str(directory))
-    if not (directory / hostkey.PUBLIC_FILE).exists() and not _files(directory):
-        report.bad(LEDGER_STREAM, f"{directory} is no spool: it holds neither a host's key nor records")
-        return report
+    """Never raises for what is altered or missing in the directory. Raises AuditError where there is none, or nothing in it that
+    could be verified; ConfigurationError where it is a file; PrerequisiteError where this user may not read all of it."""
     try:
-        public = hostkey.load_public(directory / hostkey.PUBLIC_FILE)
+        return _verify(directory)
+    except PermissionError as error:
+        raise not_readable(error, directory) from error
+
+
+def _verify(directory: Path) -> Report:
+    report = Report(str(directory))
+    public_path = directory / hostkey.PUBLIC_FILE
+    if public_path.name not in list_directory(directory):
+        return _without_key(directory, report)
+    try:
+        public = hostkey.load_public(public_path)
     except AuditError as error:
-        report.bad(LEDGER_STREAM, error.message)
+        report.bad(LEDGER_STREAM, f"{error.message}: nothing can be verified without it")
         return report
     report.host_key = public.hex()
     try:
         hostkey.check_pair(directory)
     except AuditError as error:
         report.bad(LEDGER_STREAM, error.message)
+    except PermissionError:
+        report.notes.append(f"whether {hostkey.KEY_FILE} is this key's was not looked at: it may not be read")
     ledger = LedgerReader(directory, public)
     first = survey = _survey(directory, ledger)
     for problem in first.problems:
@@ -108,9 +115,26 @@ def _settled(
 # -- the directory as a whole
 
 
+def _without_key(directory: Path, report: Report) -> Report:
+    """Raises AuditError where nothing says that this was an audit directory."""
+    names = list_directory(directory)
+    if not _files(directory) and not {hostkey.KEY_FILE, LEDGER_FILE, COLLECTOR_KEY} & set(names):
+        found = "other files" if names else "nothing"
+        raise AuditError(
+            f"{directory} is no audit directory: it holds {found}, neither a host's key nor records",
+            hint="name one with --directory; where records were, all of them were removed",
+        )
+    report.bad(
+        LEDGER_STREAM,
+        f"missing: {directory / hostkey.PUBLIC_FILE}. Without the host's public key nothing here can be verified: put it back "
+        "from a copy",
+    )
+    return report
+
+
 def _files(directory: Path) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(directory)):
+    for name in sorted(list_directory(directory)):
         if name.endswith(STREAM_SUFFIXES):
             found.setdefault(name.split(".")[0], []).append(name)
     return {stream: tuple(names) for stream, names in found.items()}
@@ -126,6 +150,8 @@ def _survey(directory: Path, ledger: LedgerReader) -> _Survey:
     try:
         entries = ledger.read()
         found.readable = True
+    except PermissionError:
+        raise
     except (AuditError, OSError) as error:
         found.problems.append(str(error))
         entries = []

@@ -123,6 +123,8 @@ def verify_stream(directory: Path, name: str, known: Known, report: Report) -> N
         report.bad(name, error.message, error.seq, error.record)
     except AuditError as error:
         report.bad(name, error.message)
+    except PermissionError:
+        raise  # says nothing of the stream
     except OSError as error:
         report.bad(name, f"cannot be read: {error.strerror}: {error.filename}")
 

@@ -21,7 +21,7 @@ import click
 
 from sidecar.cli import output
 from sidecar.documents import nearest
-from sidecar.errors import ConfigurationError, SidecarError
+from sidecar.errors import ConfigurationError, PrerequisiteError, SidecarError
 
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells say it
 
@@ -82,7 +82,7 @@ class RootGroup(click.Group):
             what = f"{error.filename}: " if error.filename else ""
             denied = isinstance(error, PermissionError) and os.geteuid() != 0
             output.error(f"{what}{error.strerror or error}", "run it as root" if denied else _help(ctx))
-            ctx.exit(1)
+            ctx.exit(PrerequisiteError.exit_code if denied else 1)
 
 
 def _help(ctx: click.Context) -> str:

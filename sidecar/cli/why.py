@@ -12,7 +12,7 @@ import msgspec
 from sidecar.cli import output
 from sidecar.cli.instances import each_client, json_option
 from sidecar.control.client import MIN_SHORT_ID
-from sidecar.errors import AuditError, ControlError
+from sidecar.errors import AuditError, ControlError, PrerequisiteError
 from sidecar.model.ids import short_id
 
 NO_NAME: Final = "its address alone; a rule that denies, masks or holds for some host name applies as well"
@@ -62,7 +62,7 @@ def _from_directory(record_id: str, directory: Path | None) -> dict[str, Any]:
         directory = Path(load_config(None).audit.directory)
     try:
         view = find_record(directory, record_id)
-    except PermissionError as error:
+    except (PermissionError, PrerequisiteError) as error:
         raise ControlError(
             f"no running agent knows record {record_id}, and only root may read {directory}",
             hint=f"sudo sidecar why {record_id} --directory {directory}",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +146,54 @@ def test_a_directory_that_is_not_there_or_empty(audit: Audit, tmp_path: Path, co
     elif command == "show":
         assert (empty.status, empty.out) == (1, "")
     else:
-        assert empty.status == 1
-        assert f"BAD  {tmp_path / 'empty'} is no spool" in empty.out
+        assert (empty.status, empty.out) == (1, "")
+        assert f"{tmp_path / 'empty'} is no audit directory: it holds nothing" in empty.err
+        assert "hint: name one with --directory; where records were, all of them were removed" in empty.err
     assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("command", ["tail", "export", "verify", "show"])
+def test_a_file_instead_of_a_directory(
+    audit: Audit, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("audit:\n")
+    flow = ["abcd1234"] if command == "show" else []
+    named = audit(command, *flow, "--directory", tmp_path / "file")
+    assert (named.status, named.out) == (2, "")
+    assert "is a file" in named.err
+    # As the configuration has it.
+    configured = tmp_path / "sidecar.yaml"
+    configured.write_text(f"audit: {{directory: {tmp_path / 'file'}}}\n")
+    monkeypatch.setattr("sidecar.config.DEFAULT_FILE", configured)
+    done = audit(command, *flow)
+    assert (done.status, done.out) == (2, "")
+    assert f"{tmp_path / 'file'} is a file, no audit directory" in done.err
+    assert "hint: name the directory that holds it" in done.err
+
+
+def test_verify_without_the_hosts_public_key(audit: Audit, closed: Path) -> None:
+    (closed / "host.pub").unlink()
+    done = audit("verify", closed)
+    assert done.status == 1
+    assert done.out.startswith(
+        f"BAD  missing: {closed / 'host.pub'}. Without the host's public key nothing here can be verified: put it back"
+    )
+    assert not (closed / "host.pub").exists()
+    for path in closed.iterdir():
+        if path.name != "host.key":
+            path.unlink()
+    assert "BAD  missing: " in audit("verify", closed).out  # all the rest is gone too
+    (closed / "host.pub").write_text("what?\n")
+    broken = audit("verify", closed)
+    assert broken.status == 1
+    assert f"BAD  {closed / 'host.pub'} is no public key: nothing can be verified without it" in broken.out
+
+
+def test_verify_of_another_directory(audit: Audit, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("hello")
+    done = audit("verify", tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert f"{tmp_path} is no audit directory: it holds other files" in done.err
 
 
 def test_usage(audit: Audit, closed: Path) -> None:
@@ -266,22 +313,44 @@ def test_a_pipe_that_closes_early_is_no_error(closed: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """Below a directory that others may enter; pytest's own are this user's alone."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def _as_another_user(*arguments: str) -> Done:
+    done = subprocess.run(
+        [str(SIDECAR), "audit", *arguments],
+        capture_output=True, text=True, check=False, timeout=20, user=65534, group=65534, extra_groups=[],
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_another_user_is_told(closed: Path) -> None:
-    for directory in (closed, *closed.parents):
-        if str(directory) in ("/", "/tmp"):
-            break
-        directory.chmod(0o755)
+def test_another_user_is_told(closed: Path, elsewhere: Path) -> None:
+    closed = Path(shutil.copytree(closed, elsewhere / "audit"))
     closed.chmod(0o700)
     for command in ("tail", "export", "verify"):
-        done = subprocess.run(
-            [str(SIDECAR), "audit", command, "--directory", str(closed)],
-            capture_output=True, text=True, check=False, timeout=20, user=65534, group=65534, extra_groups=[],
-        )  # fmt: skip
-        assert done.returncode == 1, command
-        assert "Permission denied" in done.stderr, done
-        assert "hint: run it as root" in done.stderr
-        assert "Traceback" not in done.stderr
+        done = _as_another_user(command, "--directory", str(closed))
+        assert (done.status, done.out) == (3, ""), command
+        assert f"{closed} may not be read by this user: Permission denied" in done.err
+        assert "hint: run it as root" in done.err
+    # What may be read in part says nothing of the rest, and is no tampering.
+    closed.chmod(0o755)
+    for command in ("tail", "export", "verify"):
+        done = _as_another_user(command, "--directory", str(closed))
+        assert (done.status, done.out) == (3, ""), command
+        assert "Permission denied" in done.err
+    for path in closed.iterdir():
+        if path.name != "host.key":
+            path.chmod(0o644)
+    done = _as_another_user("verify", str(closed))
+    assert done.status == 0, done
+    assert "note whether host.key is this key's was not looked at: it may not be read" in done.out
 
 
 def test_segments_that_retention_takes_away_are_no_damage(audit: Audit, tmp_path: Path) -> None:
