@@ -30,6 +30,9 @@ _LENGTH: Final = re.compile(rb"\d{1,18}")
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?]*)(.*)")
 _AUTHORITY: Final = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@\[\]:,]*)(?::\d{0,5})?")
+_STRUCTURAL: Final = re.compile(r"(?i)(%(?:2f|5c|3b|25))")
+_ODD_PATH: Final = re.compile(r"(?i)%(?:2f|5c|3b|25|2e)|[;\\]|/\.")
+_PARAMETERS: Final = re.compile(r";[^/]*")
 _STAND_IN: Final = b"POST"
 """What httptools, which knows a fixed list of methods, is shown in place of one that it does not know."""
 Headers = list[tuple[bytes, bytes]]
@@ -283,14 +286,40 @@ def _host_name(authority: str) -> str:
 
 def normal_path(raw: str) -> str:
     """Decoded once, dot segments and doubled slashes removed: what a rule is matched against."""
-    decoded = unquote(raw, errors="replace").replace("\\", "/")
+    return _joined(_without_parameters(unquote(raw, errors="replace").replace("\\", "/")), resolve=True)
+
+
+def path_readings(raw: str) -> tuple[str, ...]:
+    """What else than `normal_path` a server may take the path for: one that routes before it decodes `%2F` (`/items/1%2F..%2Fx` is an
+    item), decodes twice, leaves dot segments or `;parameters` where they are, or takes `\\` for a letter. Empty for nearly all."""
+    if _ODD_PATH.search(raw) is None:
+        return ()
+    kept = "".join(
+        part.upper() if index % 2 else unquote(part, errors="replace")
+        for index, part in enumerate(_STRUCTURAL.split(raw))
+    )
+    once = unquote(raw, errors="replace")
+    found = {kept, once, unquote(once, errors="replace")}
+    found |= {_without_parameters(path) for path in found}
+    found |= {unquote(path, errors="replace") for path in found}
+    found |= {_without_parameters(path) for path in found}
+    found |= {path.replace("\\", "/") for path in found}
+    readings = {_joined(path, resolve=resolve) for path in found for resolve in (True, False)}
+    return tuple(sorted(readings - {normal_path(raw)}))
+
+
+def _without_parameters(path: str) -> str:
+    return _PARAMETERS.sub("", path)
+
+
+def _joined(path: str, *, resolve: bool) -> str:
+    """The path with its doubled slashes made one and, with `resolve`, its dot segments followed."""
     found: list[str] = []
-    for segment in decoded.split("/"):
-        bare = segment.partition(";")[0]
-        if bare == "..":
+    for segment in path.split("/"):
+        if segment == ".." and resolve:
             if found:
                 found.pop()
-        elif bare not in ("", "."):
-            found.append(bare)
-    tail = "/" if decoded.endswith("/") and found else ""
+        elif segment and not (segment == "." and resolve):
+            found.append(segment)
+    tail = "/" if path.endswith("/") and found else ""
     return "/" + "/".join(found) + tail

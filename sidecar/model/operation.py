@@ -36,6 +36,8 @@ class HttpOperation:
     """The parsed body, only where a rule asks for `request_json` and it fits the limit; else None."""
     body_known: bool = False
     """True once `body_json` is final (so that None means: no JSON)."""
+    path_readings: tuple[str, ...] = ()
+    """What else servers may take `path` for: `%2F` that is no slash, dot segments that are not followed, and the like."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,6 +233,37 @@ def _http(name: str, test: Callable[[HttpOperation, Subject], Answer]) -> Select
     return Selector(name, run)
 
 
+_METHOD_HEADERS: Final = ("x-http-method-override", "x-http-method", "x-method-override")
+
+
+def _methods(operation: HttpOperation) -> set[str]:
+    """The method, and what frameworks may take for it (`X-HTTP-Method-Override`, `?_method=`)."""
+    found = {operation.method.upper()}
+    found |= {value.upper() for name, value in operation.headers if name.lower() in _METHOD_HEADERS}
+    return found | {value.upper() for name, value in operation.query if name == "_method"}
+
+
+def _alike(answers: Iterable[bool]) -> Answer:
+    """One answer of several readings; unknown where they differ."""
+    found = set(answers)
+    return found.pop() if len(found) == 1 else None
+
+
+def _path(patterns: list[Any]) -> Callable[[HttpOperation, Subject], Answer]:
+    """Where servers differ in what the path is, the answer is unknown; also for a slash at the end, which an allow has to name."""
+
+    def matches(path: str) -> bool:
+        return any(pattern.match(path) is not None for pattern in patterns)
+
+    def test(operation: HttpOperation, subject: Subject) -> Answer:
+        readings = [operation.path, *operation.path_readings]
+        if not subject.every:
+            readings += [path[:-1] for path in readings if len(path) > 1 and path.endswith("/")]
+        return _alike(matches(path) for path in readings)
+
+    return test
+
+
 def _pairs(
     wanted: dict[str, str], get: Callable[[HttpOperation], tuple[tuple[str, str], ...]]
 ) -> Callable[[HttpOperation, Subject], Answer]:
@@ -454,13 +485,11 @@ def compile_when(when: When) -> tuple[Selector, ...]:
             Selector("user", _fact(words(when.user), "user", lambda s: getattr(s.operation, "user", None)))
         )
     if when.method is not None:
-        methods = tuple(word.upper() for word in words(when.method))
-        found.append(_http("method", lambda op, s: op.method.upper() in methods))
+        methods = frozenset(word.upper() for word in words(when.method))
+        found.append(_http("method", lambda op, s: _alike(method in methods for method in _methods(op))))
     if when.path is not None:
         patterns = [path_regex(pattern) for pattern in words(when.path)]
-        found.append(
-            _http("path", lambda op, s: any(pattern.match(op.path) is not None for pattern in patterns))
-        )
+        found.append(_http("path", _path(patterns)))
     if when.query is not None:
         found.append(_http("query", _pairs(when.query, lambda op: op.query)))
     if when.headers is not None:

@@ -352,6 +352,7 @@ def _operation(head: Head, host_header: bytes | None) -> HttpOperation:
         host=host,
         path=path,
         raw_path=raw_path,
+        path_readings=http1.path_readings(raw_path),
         query=query,
         headers=tuple(
             (key.decode("latin-1").lower(), value.decode("latin-1")) for key, value in head.headers

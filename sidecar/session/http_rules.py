@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from sidecar.codecs.http1 import Head, Headers
@@ -11,11 +12,15 @@ EVADING_UPGRADES: Final = (b"h2c", b"tls/")
 answers without the upgrade, as RFC 9110 section 7.8 has it."""
 
 
+_FOLDED: Final = re.compile(r"[^a-z0-9]")
+
+
 def is_reserved(name: bytes, reserved: str | None) -> bool:
-    """Whether only we may set this field. Also in spellings that servers fold into it (CGI turns - into _)."""
+    """Whether only we may set this field. Also in spellings that servers fold into it: CGI turns `-` into `_`, and some servers all
+    that is neither letter nor digit."""
     if not reserved:
         return False
-    return name.decode("latin-1").lower().replace("_", "-") == reserved.lower().replace("_", "-")
+    return _FOLDED.sub("-", name.decode("latin-1").lower()) == _FOLDED.sub("-", reserved.lower())
 
 
 def without_reserved(fields: Headers, reserved: str | None) -> Headers:

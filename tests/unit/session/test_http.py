@@ -374,7 +374,14 @@ def test_a_server_that_speaks_no_http(response: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [b"X-Workload-Identity", b"x-workload-identity", b"X_Workload_Identity", b"X-WORKLOAD_identity"]
+    "name",
+    [
+        b"X-Workload-Identity",
+        b"x-workload-identity",
+        b"X_Workload_Identity",
+        b"X-WORKLOAD_identity",
+        b"X.Workload!Identity",
+    ],
 )
 def test_a_clients_own_identity_header_is_removed(name: bytes) -> None:
     request = post(name + b": forged", b"A: 1", name + b":forged2", b"Content-Length: 0")
@@ -506,3 +513,61 @@ def test_credentials_stay_out_of_records() -> None:
         assert secret not in written, secret
     for kept in ('"user": "a"', '"n": 1', "page=2", '"expires":3', "grant=x"):
         assert kept in written, kept
+
+
+# -- what servers read differently
+
+
+CUSTOMERS = """\
+version: 1
+rules:
+  - {name: kept, when: {protocol: http, method: DELETE, path: "/v1/customers/*"}, deny: kept}
+  - {name: admin, when: {protocol: http, path: "/admin/**"}, deny: kept}
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "DELETE /v1/customers/1",
+        "DELETE /v1/customers/1/",
+        "DELETE //v1//customers/./1",
+        "DELETE /v1/customers/1%2f..%2f..%2f..%2fx",  # no slashes for a server that routes first
+        "DELETE /v1/customers/1%252f..%252fx",
+        "DELETE /v1/customers/1%5c..%5c..%5c..%5cx",
+        "DELETE /v1/customers/1\\..\\..\\..\\x",
+        "DELETE /v1/customers/1;%2f..%2f..%2f..%2fx",  # parameters that go before the path is decoded
+        "DELETE /v1;a=b/customers;c/1;d",
+        "DELETE /x/..;/v1/customers/1",
+        "DELETE /%76%31/customers/1?a=b",
+        "GET /admin/..;/x",
+        "GET /admin/%2e%2e/x",
+        "GET /admin/../x",
+        "GET /admin%2fx",
+        "GET /%2561dmin/x",
+        "POST /v1/customers/1?_method=delete",
+    ],
+)
+def test_a_path_that_some_server_takes_for_one_that_is_denied(line: str) -> None:
+    play = Play(CUSTOMERS).client(f"{line} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
+    assert play.to_server == b""
+    assert b"403 Forbidden" in play.to_client
+
+
+@pytest.mark.parametrize("name", ["X-HTTP-Method-Override", "x-http-method", "X-Method-Override"])
+def test_a_method_that_a_header_names(name: str) -> None:
+    play = Play(CUSTOMERS).client(
+        b"POST /v1/customers/1 HTTP/1.1\r\n" + HOST + name.encode() + b": delete\r\n\r\n"
+    )
+    assert play.to_server == b""
+
+
+@pytest.mark.parametrize(
+    ("target", "passes"),
+    [("/v1/a", True), ("/v1/a%20b/%C3%BC?x=%2f", True), ("//v1//a", True), ("/v1/a%2Fb", True), ("/v1/a;b", True),
+     ("/v1/..%2Fadmin", False), ("/v1/..;/admin", False), ("/v1%2Fa", False), ("/x/../v1/a", False)],
+)  # fmt: skip
+def test_an_allow_wants_one_that_no_server_takes_for_another(target: str, passes: bool) -> None:
+    policy = 'version: 1\ndefault: deny\nrules: [{name: api, when: {protocol: http, path: "/v1/**"}, allow: true}]\n'
+    play = Play(policy).client(f"GET {target} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
+    assert (play.to_server != b"") is passes
