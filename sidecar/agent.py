@@ -186,6 +186,7 @@ class Agent:
                 listen_port=self._listeners.port,
                 on_failure=config.steering.on_failure,
                 foreign_netns="refuse" if self.mode == "exec" else "record",
+                heartbeat_timeout_s=limits.HEARTBEAT_TIMEOUT_S,
             )
         )
         self._watch_containers()
@@ -323,23 +324,24 @@ class Agent:
     # -- periodic work
 
     async def _beat(self) -> None:
-        """The heartbeat that lets covered connections through: written only after the kernel state was verified, and only
-        while a worker accepts."""
+        """The heartbeat that lets covered connections through: written only after the kernel state was verified, and with
+        the time at which a worker last spoke: one that hangs is refused as soon as one that is gone."""
         loop = asyncio.get_running_loop()
         assert self.steering is not None
         assert self.pool is not None
         while True:
-            if self.pool.healthy:
+            heard = self.pool.heard()
+            if heard is not None:
                 try:
-                    await loop.run_in_executor(self._kernel_thread, self._verify_and_beat)
+                    await loop.run_in_executor(self._kernel_thread, self._verify_and_beat, heard)
                 except (SidecarError, OSError) as error:
                     log.error("steering could not be verified; new connections are refused: %s", error)
             await loop.run_in_executor(self._kernel_thread, self._take_events)
             await asyncio.sleep(limits.BEAT_INTERVAL_S)
 
-    def _verify_and_beat(self) -> None:
+    def _verify_and_beat(self, heard: float) -> None:
         assert self.steering is not None
-        for drift in self.steering.beat() or ():
+        for drift in self.steering.beat(heard):
             self.drift_count += 1
             self.drifts.append(DriftStatus(drift.name, drift.detail, drift.repaired, time.time_ns()))
             reason = GapReason.HOOK_DETACHED if "hook" in drift.name else GapReason.TABLE_CHANGED

@@ -231,12 +231,13 @@ class Steering:
             attached=[(a.hook, str(a.cgroup), a.program_id) for a in self._attached],
         )
 
-    def beat(self) -> list[Drift]:
-        """Verify, repair what drifted, then write the heartbeat. Raises where it could not be repaired: no beat is written,
-        and new connections are refused."""
+    def beat(self, heard: float | None = None) -> list[Drift]:
+        """Verify, repair what drifted, then write the heartbeat: that somebody looked at what is steered at `heard` (monotonic seconds;
+        None: now). Raises where it could not be repaired: no beat is written, and new connections are refused."""
         drifts = self.verify()
         now = ctypes.c_uint64(time.clock_gettime_ns(time.CLOCK_MONOTONIC))
-        maps.update(self._fds["heartbeat"], ctypes.c_uint32(0), now, "writing the heartbeat")
+        beat = now if heard is None else ctypes.c_uint64(int(heard * 1e9))
+        maps.update(self._fds["heartbeat"], ctypes.c_uint32(0), beat, "writing the heartbeat")
         if time.monotonic() - self._swept > FLOW_SWEEP_S:
             self._swept = time.monotonic()
             self._sweep(now.value)

@@ -35,8 +35,15 @@ SPOOL_SAY_S: Final = 0.5
 """How often a blocked flow tries to append its record again."""
 
 BEAT_INTERVAL_S: Final = 0.5
+HEARTBEAT_TIMEOUT_S: Final = 3.0
+"""So long after the last word of any worker the hooks refuse new connections. Six beats: a host that is merely busy misses a few."""
+
 WORKER_SILENCE_S: Final = 6.0
-"""A worker that has not beaten for so long is hung: killed and restarted."""
+"""A worker that has not beaten for so long is hung: killed and restarted. What waits in its backlog is its successor's. Later than the
+heartbeat's end, because a statement of many megabytes keeps a worker busy, and killing it would break the flows of others."""
+
+OVERSLEPT_S: Final = 1.0
+"""A supervisor that wakes so much too late was hung itself (stopped, or the host was asleep), and must not take its workers for it."""
 
 WORKER_START_S: Final = 30.0
 RESTART_BACKOFF_S: Final = (0.1, 0.5, 1.0, 2.0, 5.0)

@@ -83,6 +83,7 @@ class WorkerPool:
         self._gid = gid
         self.workers = [WorkerHandle(number, row) for number, row in enumerate(listeners)]
         self._stopping = False
+        self._awake_since = 0.0
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -177,15 +178,21 @@ class WorkerPool:
             self._spawn(worker)
 
     async def _watch_beats(self) -> None:
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(limits.BEAT_INTERVAL_S)
             now = time.monotonic()
+            if now - looked > limits.BEAT_INTERVAL_S + limits.OVERSLEPT_S:
+                self._awake_since = (
+                    now  # it was us who hung: what the workers have said meanwhile is not read yet
+                )
+            looked = now
             for worker in self.workers:
                 allowed = limits.WORKER_SILENCE_S if worker.ready.is_set() else limits.WORKER_START_S
                 if (
                     worker.link is not None
                     and worker.process is not None
-                    and now - worker.last_beat > allowed
+                    and now - max(worker.last_beat, self._awake_since) > allowed
                 ):
                     log.error("worker %d (pid %d) is hung; killed", worker.number, worker.pid)
                     worker.last_beat = now
@@ -195,10 +202,19 @@ class WorkerPool:
         for worker in self.workers:
             worker.send(message)
 
+    def heard(self) -> float | None:
+        """When the worker that spoke last did so (monotonic); None while none accepts. It is the moment up to which somebody is known
+        to look at what is steered: the heartbeat carries it to the hooks."""
+        return max(
+            (worker.last_beat for worker in self.workers if worker.ready.is_set() and worker.link),
+            default=None,
+        )
+
     @property
     def healthy(self) -> bool:
-        """True while at least one worker accepts."""
-        return any(worker.ready.is_set() and worker.link is not None for worker in self.workers)
+        """Whether new connections are let to us: a worker accepts, and has spoken lately."""
+        heard = self.heard()
+        return heard is not None and time.monotonic() - heard < limits.HEARTBEAT_TIMEOUT_S
 
     async def stop(self, grace_s: float) -> None:
         """Drain, then kill what is left. Streams are closed through `worker_died`."""
