@@ -46,8 +46,16 @@ _file = click.Path(path_type=Path, dir_okay=False)
 )  # fmt: skip
 @click.option("--tls-cert", type=_file, help="PEM: certificate and chain. Needed beyond loopback.")
 @click.option("--tls-key", type=_file, help="PEM: its key.")
+@click.option(
+    "--listen-fd", type=click.IntRange(3), hidden=True, help="A socket of `run`, which is our parent."
+)
 def collector(
-    config_file: Path | None, listen: str, data: Path, tls_cert: Path | None, tls_key: Path | None
+    config_file: Path | None,
+    listen: str,
+    data: Path,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    listen_fd: int | None,
 ) -> None:
     """The upstream: takes signed batches, stores them, answers with receipts; pages and API."""
     from sidecar.collector.app import Certificate, serve
@@ -62,4 +70,4 @@ def collector(
         enrolment = upstream.read_token() if upstream else None
     logging.getLogger().setLevel(logging.INFO)
     certificate = Certificate(tls_cert, tls_key) if tls_cert and tls_key else None
-    serve(listen, data, AgentApprovals(), enrolment, certificate=certificate)
+    serve(listen, data, AgentApprovals(), enrolment, certificate=certificate, listen_fd=listen_fd)

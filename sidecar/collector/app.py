@@ -5,6 +5,7 @@ Loopback by default. Elsewhere it is served only with TLS and an enrolment token
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -89,16 +90,26 @@ def is_loopback(host: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens once it does. With `of_parent` standard input is a socket of the parent's: it says there that it serves,
+    and ends when that does."""
 
-    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+    def __init__(self, config: uvicorn.Config, ready: str, *, of_parent: bool) -> None:
         super().__init__(config)
         self._ready = ready
+        self._of_parent = of_parent
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
             os.write(2, self._ready.encode())
+        if self._of_parent and self.started:
+            os.write(0, b"R")
+            asyncio.get_running_loop().add_reader(0, self._parent_is_gone)
+
+    def _parent_is_gone(self) -> None:
+        if not os.read(0, 1):
+            asyncio.get_running_loop().remove_reader(0)
+            self.should_exit = True
 
 
 def serve(
@@ -108,10 +119,13 @@ def serve(
     enrolment: Secret | None,
     *,
     certificate: Certificate | None = None,
+    listen_fd: int | None = None,
 ) -> None:
     """Until SIGTERM or SIGINT; requests under way are finished. The address and the token's file are named on stderr.
+    `listen_fd`: a listening socket of our parent's, on loopback, instead of `listen`; then also until standard input ends.
     Raises ConfigurationError for an address that must not be served, PrerequisiteError where it cannot be."""
-    host, port = parse_listen(listen)
+    inherited = socket.socket(fileno=listen_fd) if listen_fd is not None else None
+    host, port = inherited.getsockname()[:2] if inherited is not None else parse_listen(listen)
     local = is_loopback(host)
     if not local and (certificate is None or enrolment is None):
         raise ConfigurationError(
@@ -120,7 +134,7 @@ def serve(
         )
     store = Store(data_dir)
     try:
-        sock = _bind(host, port)
+        sock = inherited or _bind(host, port)
         app = create_app(
             store,
             approvals,
@@ -139,7 +153,11 @@ def serve(
         scheme = "https" if certificate else "http"
         shown = f"[{host}]" if ":" in host else host
         address = f"{scheme}://{shown}:{sock.getsockname()[1]}"
-        _Server(config, f"{address}  (the page's token is in {data_dir / TOKEN_FILE})\n").run(sockets=[sock])
+        _Server(
+            config,
+            f"{address}  (the page's token is in {data_dir / TOKEN_FILE})\n",
+            of_parent=inherited is not None,
+        ).run(sockets=[sock])
     finally:
         store.close()
 
