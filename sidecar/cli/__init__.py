@@ -23,6 +23,7 @@ from sidecar.cli import output
 from sidecar.documents import nearest
 from sidecar.errors import ConfigurationError, PrerequisiteError, SidecarError
 
+NAMED_WRONGLY: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells say it
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -82,7 +83,8 @@ class RootGroup(click.Group):
             what = f"{error.filename}: " if error.filename else ""
             denied = isinstance(error, PermissionError) and os.geteuid() != 0
             output.error(f"{what}{error.strerror or error}", "run it as root" if denied else _help(ctx))
-            ctx.exit(PrerequisiteError.exit_code if denied else 1)
+            wrong = isinstance(error, NAMED_WRONGLY)
+            ctx.exit(PrerequisiteError.exit_code if denied else ConfigurationError.exit_code if wrong else 1)
 
 
 def _help(ctx: click.Context) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import click
 import msgspec
 
 from sidecar.cli import output
-from sidecar.cli.instances import json_option
+from sidecar.cli.instances import json_option, live_instances
 from sidecar.control.client import Approvals
 from sidecar.control.protocol import HoldView
 from sidecar.model.ids import short_id
@@ -36,6 +37,10 @@ def list_(with_finished: bool, as_json: bool) -> None:
         output.emit_json({"holds": [msgspec.to_builtins(view) for view in views]})
     elif not views:
         output.line("nothing waits for a decision")
+        if not live_instances():
+            output.note("nothing is running")
+        elif os.geteuid() != 0:
+            output.note("hint: what only others may decide is not shown; root sees all")
     else:
         output.console().print(
             output.table(
@@ -61,7 +66,10 @@ def list_(with_finished: bool, as_json: bool) -> None:
 @click.argument("hold_id", metavar="ID")
 @json_option
 def show(hold_id: str, as_json: bool) -> None:
-    """One hold in full: what exactly would run, for whom, and who may decide."""
+    """One hold in full.
+
+    What exactly would run, for whom, and who may decide.
+    """
     _print(Approvals().find(hold_id), as_json)
 
 
@@ -101,7 +109,7 @@ def _print(view: HoldView, as_json: bool) -> None:
         ("rule", f"{view.rule}: {view.reason}" if view.reason else view.rule),
         ("opened", f"{output.clock(view.opened_ns)} ({output.age(view.opened_ns)} ago)"),
         ("expires", output.clock(view.expires_ns)),
-        ("may decide", ", ".join(("root", *(view.by or ("group sidecar",))))),
+        ("may decide", ", ".join(dict.fromkeys(("root", *(view.by or ("group sidecar",)))))),
         ("target", view.target),
         ("principal", view.principal or "none"),
         ("process", view.process),

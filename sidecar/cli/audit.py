@@ -16,15 +16,16 @@ from sidecar.audit import read
 from sidecar.audit.report import Report, report_map
 from sidecar.audit.verify import verify as verify_directory
 from sidecar.cli import output
+from sidecar.cli.options import config_option
 from sidecar.errors import AuditError
 
 
-def _directory(given: Path | None) -> Path:
+def _directory(given: Path | None, config_file: Path | None) -> Path:
     if given is not None:
         return given
     from sidecar.config import load_config
 
-    return Path(load_config(None).audit.directory)
+    return Path(load_config(config_file).audit.directory)
 
 
 def _json(value: Any) -> str:
@@ -38,7 +39,10 @@ def _fallback(value: Any) -> Any:
 
 
 def _clock(ts_ns: int) -> str:
-    return datetime.datetime.fromtimestamp(ts_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
+    """Local time; with the date where that is not today's."""
+    moment = datetime.datetime.fromtimestamp(ts_ns / 1e9)
+    day = "" if moment.date() == datetime.date.today() else moment.strftime("%Y-%m-%d ")
+    return day + moment.strftime("%H:%M:%S.%f")[:-3]
 
 
 @click.group()
@@ -46,7 +50,7 @@ def audit() -> None:
     """Follow, show, export and verify the records."""
 
 
-_option = click.option(
+_directory_option = click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False, readable=False),
     help="The spool; default from the configuration.",
@@ -130,13 +134,14 @@ class _Damage:
 
 
 @audit.command()
-@_option
+@_directory_option
+@config_option
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now.")
 @click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0, 100_000))
 @click.option("--json", "as_json", is_flag=True, help="JSON lines, each with who and where of its flow.")
-def tail(directory: Path | None, follow: bool, lines: int, as_json: bool) -> None:
+def tail(directory: Path | None, config_file: Path | None, follow: bool, lines: int, as_json: bool) -> None:
     """The newest records."""
-    place, damage = _directory(directory), _Damage()
+    place, damage = _directory(directory, config_file), _Damage()
     follower = read.Follower(place, damage)
     join = read.Joiner(place, look_back=True)
     rows = follower.newest(lines)
@@ -153,15 +158,18 @@ def tail(directory: Path | None, follow: bool, lines: int, as_json: bool) -> Non
 
 @audit.command()
 @click.argument("flow")
-@_option
+@_directory_option
+@config_option
 @click.option("--json", "as_json", is_flag=True, help="The flow's records as JSON lines.")
-def show(flow: str, directory: Path | None, as_json: bool) -> None:
-    """One flow as a transcript: who, from where, each statement, what came back.
+def show(flow: str, directory: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """One flow as a transcript.
+
+    Who, from where, each statement, and what came back.
 
     FLOW is its id, the last digits of it, or the id of one of its records.
     """
     damage = _Damage()
-    rows = read.flow_records(_directory(directory), flow, damage)
+    rows = read.flow_records(_directory(directory, config_file), flow, damage)
     if not rows:
         damage.leave()
         raise AuditError(f"there is no flow {flow}", hint="sidecar audit tail")
@@ -187,6 +195,7 @@ def show(flow: str, directory: Path | None, as_json: bool) -> None:
 def _print_opening(opened: dict[str, Any]) -> None:
     origin, target = opened.get("origin") or {}, opened.get("target") or {}
     _say(f"flow       {opened['flow']}")
+    _say(f"opened     {output.clock(int(opened.get('ts_ns') or 0))} on {opened.get('host', '?')}")
     _say(
         f"target     {target.get('name') or target.get('host')}:{target.get('port')} ({target.get('protocol')}, {target.get('address')})"
     )
@@ -224,18 +233,22 @@ def _print_workload(workload: dict[str, Any]) -> None:
 
 
 @audit.command()
-@_option
+@_directory_option
+@config_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     help="A file, which only its owner can read; default standard output.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON lines, which it always prints.")
-def export(directory: Path | None, out: Path | None, as_json: bool) -> None:
-    """All records as JSON lines, each with who and where of its flow."""
+def export(directory: Path | None, config_file: Path | None, out: Path | None, as_json: bool) -> None:
+    """All records as JSON lines.
+
+    Each with who and where of its flow.
+    """
     del as_json
     damage = _Damage()
-    rows = read.joined(_directory(directory), damage)
+    rows = read.joined(_directory(directory, config_file), damage)
     if out is None:
         for record in rows:
             click.echo(_json(record))
@@ -249,11 +262,20 @@ def export(directory: Path | None, out: Path | None, as_json: bool) -> None:
 
 @audit.command()
 @click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False, readable=False))
-@click.option("--directory", "named", type=click.Path(path_type=Path, file_okay=False, readable=False))
-@click.option("--json", "as_json", is_flag=True)
-def verify(directory: Path | None, named: Path | None, as_json: bool) -> None:
-    """Check chains, signatures, receipts and gaps, offline. Exit status 1 when anything is missing or altered."""
-    report = verify_directory(_directory(directory or named))
+@click.option(
+    "--directory",
+    "named",
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
+    help="The same as DIRECTORY; default from the configuration.",
+)
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(directory: Path | None, named: Path | None, config_file: Path | None, as_json: bool) -> None:
+    """Check chains, signatures, receipts and gaps.
+
+    Offline. Exit status 1 when anything is missing or altered.
+    """
+    report = verify_directory(_directory(directory or named, config_file))
     if as_json:
         click.echo(_json(report_map(report)))
     else:

@@ -14,6 +14,7 @@ import click
 
 from sidecar.cli import output
 from sidecar.cli.instances import json_option
+from sidecar.cli.options import config_option
 from sidecar.errors import IdentityError, SidecarError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ NOT_CHECKED: Final = (
     "trust in the local certificate authority by client runtimes: TLS is not opened in this version",
 )
 
+
+NOT_CHECKED_WITHOUT_ROOT: Final = ("bpf hooks and nftables: only root may try them",)
 
 KEYS_TIMEOUT_S: Final = 6.0
 
@@ -49,13 +52,7 @@ class OwnCheck:
 
 
 @click.command()
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Configuration to check; default /etc/sidecar/sidecar.yaml where it exists, else the built-in one.",
-)
+@config_option
 @json_option
 def doctor(config_file: Path | None, as_json: bool) -> None:
     """Each prerequisite, with its fix. Exit status 3 where one is missing."""
@@ -63,6 +60,7 @@ def doctor(config_file: Path | None, as_json: bool) -> None:
 
     checks: list[Check] = [*probe(), *own_checks(config_file)]
     well = all(check.ok for check in checks)
+    not_checked = [*NOT_CHECKED, *(NOT_CHECKED_WITHOUT_ROOT if os.geteuid() != 0 else ())]
     if as_json:
         output.emit_json(
             {
@@ -71,13 +69,13 @@ def doctor(config_file: Path | None, as_json: bool) -> None:
                     {"name": check.name, "ok": check.ok, "detail": check.detail, "hint": check.hint}
                     for check in checks
                 ],
-                "not_checked": list(NOT_CHECKED),
+                "not_checked": not_checked,
             }
         )
     else:
         for text in describe(checks):
             output.line(output.plain(text))
-        for text in NOT_CHECKED:
+        for text in not_checked:
             output.line(f"not checked: {text}")
     sys.exit(0 if well else 3)
 

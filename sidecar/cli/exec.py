@@ -10,18 +10,13 @@ import click
 
 from sidecar import launch
 from sidecar.cli import output
+from sidecar.cli.options import config_option
 from sidecar.errors import ConfigurationError, PrerequisiteError, SidecarError
 from sidecar.front import SETUP_FAILED
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Configuration; default /etc/sidecar/sidecar.yaml where it exists, else the built-in one.",
-)
+@config_option
 @click.option(
     "--policy",
     "policy_file",

@@ -12,6 +12,7 @@ import click
 import orjson
 
 from sidecar.cli import output
+from sidecar.cli.options import config_option
 from sidecar.errors import ConfigurationError
 from sidecar.policy import Policy, builtin_policy, load_policy
 from sidecar.policy import explain as explaining
@@ -129,6 +130,7 @@ def test(file: Path, as_json: bool) -> None:
 @click.option(
     "--policy", "file", type=click.Path(path_type=Path, dir_okay=False), help="Default: the configuration's."
 )
+@config_option
 @click.option("--statement", help="SQL to judge.")
 @click.option("--method", help="HTTP method to judge, with --url.")
 @click.option("--url", help="HTTP address to judge.")
@@ -144,6 +146,7 @@ def test(file: Path, as_json: bool) -> None:
 @_json
 def explain(
     file: Path | None,
+    config_file: Path | None,
     statement: str | None,
     method: str | None,
     url: str | None,
@@ -169,7 +172,7 @@ def explain(
     if file is None:
         from sidecar.config import load_config
 
-        file = load_config(None).policy
+        file = load_config(config_file).policy
         read_from = str(file or "built in: allow, record everything (--policy names another)")
     found = _load(file) if file else builtin_policy()
     path = None

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import click
 
+from sidecar.cli.options import config_option
 from sidecar.errors import PrerequisiteError
 
 
 @click.command()
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Configuration; default /etc/sidecar/sidecar.yaml where it exists, else the built-in one.",
-)
+@config_option
 def run(config_file: Path | None) -> None:
     """The agent in the foreground: steering, inspector, audit.
 

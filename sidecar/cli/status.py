@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -18,16 +19,19 @@ from sidecar.control.protocol import Status
 def status(instance: str | None, as_json: bool) -> None:
     """What is running, and whether it is well.
 
-    Exit status 1: nothing runs, or something is not well.
+    Exit status 1: nothing runs, something is not well, or an instance died and left its hooks, which refuse what it
+    steered (seen as root).
     """
     found = [connection.status() for _, connection in each_client(instance)]
+    dead = left_behind({each.instance for each in found}) if instance is None else []
     if as_json:
         output.emit_json(
             {
                 "instances": [
                     {**msgspec.to_builtins(each), "ok": not complaints(each), "complaints": complaints(each)}
                     for each in found
-                ]
+                ],
+                "dead": dead,
             }
         )
     elif not found:
@@ -37,7 +41,21 @@ def status(instance: str | None, as_json: bool) -> None:
             output.line()
         for text in describe(each):
             output.line(output.plain(text))
-    sys.exit(0 if found and not any(complaints(each) for each in found) else 1)
+    for name in dead if not as_json else []:
+        output.line(
+            f"DEAD  instance {output.plain(name)} died: what it steered is refused until an agent steers it again, or "
+            "`sidecar down --dead` removes what is left"
+        )
+    sys.exit(0 if found and not dead and not any(complaints(each) for each in found) else 1)
+
+
+def left_behind(live: set[str]) -> list[str]:
+    """Instances that nobody runs any more and whose hooks and rules are still there: not those that answered. Only root can tell."""
+    if os.geteuid() != 0:
+        return []
+    from sidecar.kernel import removal
+
+    return [name for name in removal.known_instances() if name not in live and removal.has_ended(name)]
 
 
 def complaints(status: Status) -> list[str]:

@@ -11,6 +11,7 @@ import msgspec
 
 from sidecar.cli import output
 from sidecar.cli.instances import each_client, json_option
+from sidecar.cli.options import config_option
 from sidecar.control.client import MIN_SHORT_ID
 from sidecar.errors import AuditError, ControlError, PrerequisiteError
 from sidecar.model.ids import short_id
@@ -26,8 +27,9 @@ MAX_TEXT_CHARS: Final = 2000
     type=click.Path(path_type=Path, file_okay=False, readable=False),
     help="Audit directory to read where no agent runs; default: the configuration's.",
 )
+@config_option
 @json_option
-def why(record_id: str, directory: Path | None, as_json: bool) -> None:
+def why(record_id: str, directory: Path | None, config_file: Path | None, as_json: bool) -> None:
     """Why a statement or request was refused, held or masked, and what to do.
 
     ID is what the error message says. Needs no privileges for records of your own jobs while an agent runs.
@@ -36,7 +38,7 @@ def why(record_id: str, directory: Path | None, as_json: bool) -> None:
         raise ControlError(f"an id has at least {MIN_SHORT_ID} digits", hint="the error message says it")
     record = _from_agents(record_id) if directory is None else None
     if record is None:
-        record = _from_directory(record_id, directory)
+        record = _from_directory(record_id, directory, config_file)
     if as_json:
         output.emit_json({**explanation(record), "record": record})
         return
@@ -53,13 +55,13 @@ def _from_agents(record_id: str) -> dict[str, Any] | None:
     return None
 
 
-def _from_directory(record_id: str, directory: Path | None) -> dict[str, Any]:
+def _from_directory(record_id: str, directory: Path | None, config_file: Path | None) -> dict[str, Any]:
     from sidecar.audit.read import find_record
 
     if directory is None:
         from sidecar.config import load_config
 
-        directory = Path(load_config(None).audit.directory)
+        directory = Path(load_config(config_file).audit.directory)
     try:
         view = find_record(directory, record_id)
     except (PermissionError, PrerequisiteError) as error:
@@ -70,7 +72,7 @@ def _from_directory(record_id: str, directory: Path | None) -> dict[str, Any]:
     if view is None:
         raise AuditError(
             f"no record {record_id} in {directory}",
-            hint="is it another host's, or another configuration's? sidecar why ID --directory DIR"
+            hint="is it another host's, or another configuration's? -c FILE or --directory DIR names where to look"
             if os.geteuid() == 0
             else f"an agent tells only what your own jobs did; of others: sudo sidecar why {record_id}",
         )

@@ -74,7 +74,12 @@ class Store:
                 )
             self._db.executescript(SCHEMA)
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
+            raise AuditError(
+                f"the store in {directory} cannot be used: {error.strerror or error}",
+                hint="run it as the directory's owner, or name another with --data",
+            ) from error
+        except sqlite3.Error as error:
             raise AuditError(f"the store in {directory} cannot be used: {error}") from error
 
     @contextmanager

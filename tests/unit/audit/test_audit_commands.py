@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 from sidecar.audit.segment import segment_paths
 from sidecar.audit.spool import Spool
 from sidecar.cli import main
+from sidecar.cli.audit import _clock
 from tests.support.spools import flow_of, make_spool, request, writer_of
 
 SIDECAR = Path(sys.executable).with_name("sidecar")
@@ -116,8 +118,24 @@ def test_export_to_a_file_only_its_owner_reads(audit: Audit, closed: Path, tmp_p
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert rows == audit("export", "--directory", closed, "--json").rows
     refused = audit("export", "--directory", closed, "--out", tmp_path / "absent" / "x")
-    assert (refused.status, refused.out) == (1, "")
+    assert (refused.status, refused.out) == (2, "")
     assert "absent" in refused.err
+
+
+def test_the_configuration_names_the_directory(audit: Audit, closed: Path, tmp_path: Path) -> None:
+    """Whoever gave `-c` to `exec` need not look up where the records are."""
+    config = tmp_path / "sidecar.yaml"
+    config.write_text(f"audit: {{directory: {closed}}}\n")
+    for command in ("tail", "export", "verify"):
+        named, configured = audit(command, "--directory", closed), audit(command, "-c", config)
+        assert (configured.status, configured.out) == (0, named.out)
+
+
+def test_what_is_not_of_today_has_its_date() -> None:
+    now = datetime.datetime.now()
+    assert _clock(int(now.timestamp() * 1e9)).count("-") == 0
+    before = now - datetime.timedelta(days=2)
+    assert _clock(int(before.timestamp() * 1e9)).startswith(f"{before:%Y-%m-%d %H:%M:%S}")
 
 
 def test_verify_says_what_it_saw(audit: Audit, closed: Path) -> None:

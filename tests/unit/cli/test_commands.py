@@ -18,6 +18,7 @@ import pytest
 
 from sidecar.cli import COMMANDS, cli, main
 from sidecar.control import client
+from sidecar.kernel import cgroups, run_state
 from tests.support.control_agent import SmallAgent, run_directory, serving
 
 SIDECAR = Path(sys.executable).with_name("sidecar")
@@ -40,6 +41,8 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with run_directory() as made:
         found = client.discover
         monkeypatch.setattr(client, "discover", lambda directory=made: found(made))
+        monkeypatch.setattr(run_state, "RUN_DIRECTORY", made)
+        monkeypatch.setattr(cgroups, "instances", list)
         yield made
 
 
@@ -148,8 +151,33 @@ def test_with_nothing_running(sidecar: Sidecar, arguments: tuple[str, ...], stat
     assert (done.status, done.out) == (status, words)
     as_json = sidecar(*arguments, "--json")
     assert as_json.status == status
-    assert list(json.loads(as_json.out).values()) == [[]]
+    assert not any(json.loads(as_json.out).values())
     assert as_json.err == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can tell")
+def test_an_instance_that_died_is_no_well_host(sidecar: Sidecar, directory: Path) -> None:
+    """What it has left refuses connections: that is not `nothing is running`."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (directory / "0badf00d").mkdir()
+    (directory / "0badf00d" / run_state.STATE_FILE).write_text(json.dumps({"pid": ended.pid, "started": 1}))
+    done = sidecar("status")
+    assert done.status == 1
+    assert "DEAD  instance 0badf00d died" in done.out
+    assert "sidecar down --dead" in done.out
+    assert json.loads(sidecar("status", "--json").out)["dead"] == ["0badf00d"]
+    run_state.save("0badf00d")  # this process: it lives
+    assert "DEAD" not in sidecar("status").out
+
+
+def test_who_may_decide_is_named_once(sidecar: Sidecar, agent: SmallAgent) -> None:
+    agent.park(HOLD, by=("root", "dba"))
+    assert "may decide  root, dba\n" in sidecar("approvals", "show", HOLD).out
+
+
+def test_nothing_to_decide_because_nothing_runs(sidecar: Sidecar) -> None:
+    assert sidecar("approvals", "list").err == "nothing is running\n"
 
 
 @pytest.mark.parametrize(
