@@ -12,7 +12,12 @@ die() { # STATUS MESSAGE [HINT]
 # Runs this script once more with these arguments, as root. What the scripts read from the environment is handed on by
 # name; sudo drops the rest.
 run_as_root() {
-  command -v sudo > /dev/null || die 3 "needs root, and there is no sudo" "run it as root: su -c '$0'"
+  if ! command -v sudo > /dev/null; then
+    local words
+    words=$(printf '%q ' "$0" "$@")
+    words=${words% }
+    die 3 "needs root, and there is no sudo" "run it as root: su -c ${words@Q}"
+  fi
   sudo -- env ${CI:+CI="$CI"} ${SIDECAR_CACHE:+SIDECAR_CACHE="$SIDECAR_CACHE"} ${NO_COLOR:+NO_COLOR="$NO_COLOR"} \
     "$(readlink -f "$0")" "$@"
 }

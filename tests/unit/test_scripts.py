@@ -72,6 +72,34 @@ def test_unknown_argument_is_a_usage_error() -> None:
     assert "hint:" in done.stderr
 
 
+def test_without_sudo_the_whole_command_is_named(tmp_path: Path) -> None:
+    """What `su -c` runs has the same arguments: `quickstart` alone would run something else than the user's command."""
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tmp_path / "id").chmod(0o755)
+    (tmp_path / "basename").symlink_to("/usr/bin/basename")
+    done = subprocess.run(
+        [
+            "/bin/bash",
+            "-c",
+            f'. {ROOT}/scripts/lib/common.sh; as_root "$@"',
+            "./scripts/quickstart",
+            "--",
+            "echo",
+            "a b",
+        ],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.splitlines() == [
+        "quickstart: error: needs root, and there is no sudo",
+        "  hint: run it as root: su -c './scripts/quickstart -- echo a\\ b'",
+    ]
+
+
 def test_the_quickstarts_policy_passes_its_own_tests() -> None:
     text = (QUICKSTART / "policy.yaml").read_text(encoding="utf-8")
     policy = load_policy(text, "policy.yaml", hash_key=b"k" * 32, upstream=True)
