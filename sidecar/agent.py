@@ -14,7 +14,6 @@ import pwd
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,27 +21,22 @@ from typing import TYPE_CHECKING, Any, Final
 import uvloop
 
 from sidecar.agent_control import AgentControl
-from sidecar.approvals.grants import Grant
+from sidecar.agent_recording import Recording
+from sidecar.agent_steering import SteeringWatch
 from sidecar.attribution.resolver import Resolver
-from sidecar.audit.hostkey import HostKey
 from sidecar.audit.shipper import Shipper
-from sidecar.audit.spool import Spool, StreamHandle, StreamWriter
 from sidecar.audit.writer import segment_bytes
 from sidecar.config import Config
-from sidecar.control.protocol import DriftStatus, socket_path
+from sidecar.control.protocol import socket_path
 from sidecar.control.server import ControlServer
-from sidecar.control.server import Refusal as ControlRefusal
 from sidecar.embedded_collector import EmbeddedCollector
-from sidecar.errors import AuditError, PrerequisiteError, SidecarError
+from sidecar.errors import PrerequisiteError, SidecarError
 from sidecar.identity.assertion import AssertionSigner
 from sidecar.identity.service import IdentityService
 from sidecar.kernel import cgroups, run_state
-from sidecar.kernel.steering import Steering, SteeringPlan
+from sidecar.kernel.steering import SteeringPlan
 from sidecar.launch import invoking_user, launch
 from sidecar.model.flow import FlowFacts
-from sidecar.model.ids import IdSource
-from sidecar.model.reasons import CloseReason, GapReason
-from sidecar.model.record import HoldPart, OperationPart, Record, TargetPart, VerdictPart
 from sidecar.proxy import limits, link
 from sidecar.proxy.holds import HoldDesk
 from sidecar.proxy.listener import Listeners, open_listeners
@@ -56,13 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sidecar")
 
-COMMIT_INTERVAL_S: Final = 0.05
-AUDIT_FAILING_S: Final = 2.0
-"""Four times `SPOOL_SAY_S` of a worker: what has not been said again for so long is over."""
-MAX_UNWRITTEN: Final = 10_000
-"""The supervisor's own records that wait in memory while the spool takes none."""
 POLICY_POLL_S: Final = 0.5
-MAX_DRIFTS_SHOWN: Final = 32
 MAX_WORKERS: Final = 4
 WORKER_USER: Final = "sidecar"
 NOBODY: Final = 65534
@@ -96,7 +84,6 @@ class Agent:
         self.instance = instance or os.urandom(4).hex()
         self.started_ns = time.time_ns()
         self.host = socket.gethostname()
-        self.ids = IdSource()
         self.names = NameBook()
         self.policy = PolicySource(
             policy or config.policy,
@@ -104,39 +91,29 @@ class Agent:
             upstream=config.upstream is not None,
         )
         self.facts: dict[str, FlowFacts] = {}
-        self.gaps: dict[str, int] = {}
-        self.drifts: deque[DriftStatus] = deque(maxlen=MAX_DRIFTS_SHOWN)
-        self.drift_count = 0
-        self.refused = 0
         self.identity_counts = [0, 0]
-        self.audit_failing: dict[int, tuple[str, float]] = {}
-        """By worker (-1: our own stream): what does not take its records, and when that was last said (monotonic)."""
-        self.blocked_reason = ""
+        self.recording = Recording(
+            config.audit,
+            self.host,
+            spawn=self._task,
+            block=self._block,
+        )
         self.collector: EmbeddedCollector | None = None
         self.collector_address: str | None = None
         self.job_cgroup: Path | None = None
         self.shipper: Shipper | None = None
         self.pool: WorkerPool | None = None
-        self.steering: Steering | None = None
+        self.watch: SteeringWatch | None = None
         self.resolver: FlowResolver | None = None
-        self.spool: Spool | None = None
-        self._kernel_thread = concurrent.futures.ThreadPoolExecutor(1, "kernel")
-        self._spool_thread = concurrent.futures.ThreadPoolExecutor(1, "spool")
         self._names_thread = concurrent.futures.ThreadPoolExecutor(1, "names")
         self._reader_thread = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._listeners: Listeners | None = None
-        self._writer: StreamWriter | None = None
-        self._own_stream = ""
-        self._unwritten: deque[Record] = deque()
-        self._lost = 0
-        self._rotating = False
         self._control: ControlServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._begun = False
         self.engines: ContainerEngines | None = None
-        self.holds = HoldDesk(self.instance, self._hold_decided)
+        self.holds = HoldDesk(self.instance, self.recording.hold_decided)
         self.stopping = asyncio.Event()
-        self._event_loop = asyncio.get_running_loop()
 
     # -- life
 
@@ -154,28 +131,14 @@ class Agent:
         cgroups.move(os.getpid(), inspector)
         if self.mode == "exec":
             self.job_cgroup = job
-        self.spool = Spool(
-            config.audit.directory, self.host, max_bytes=config.audit.max_bytes, on_full=config.audit.on_full
-        )
-        handle = await self._spool_call(self.spool.open_stream, "supervisor")
-        self._own_stream = handle.stream
-        self._writer = StreamWriter(
-            handle.fd,
-            stream=handle.stream,
-            host=self.host,
-            head=handle.head,
-            next_seq=handle.next_seq,
-            segment_bytes=segment_bytes(config.audit.max_bytes),
-        )
-        self.record_agent("started", f"{self.mode}, policy {self.policy.policy.revision}")
+        await self.recording.open(f"{self.mode}, policy {self.policy.policy.revision}")
         count = 1 if self.mode == "exec" else min(MAX_WORKERS, os.cpu_count() or 1)
         self._listeners = open_listeners(count)
         self.pool = WorkerPool(self, self._listeners.by_worker, *worker_identity())
-        key: HostKey = self.spool.host_key
-        self.signer = AssertionSigner(key.private_key, self.host)
+        self.signer = AssertionSigner(self.recording.host_key.private_key, self.host)
         self.identity = IdentityService(config.identity)
         await self.pool.start()
-        self.steering = Steering(
+        self.watch = SteeringWatch(
             SteeringPlan(
                 instance=self.instance,
                 scope_cgroups=(job,) if self.mode == "exec" else self._scope(),
@@ -187,28 +150,33 @@ class Agent:
                 on_failure=config.steering.on_failure,
                 foreign_netns="refuse" if self.mode == "exec" else "record",
                 heartbeat_timeout_s=limits.HEARTBEAT_TIMEOUT_S,
-            )
+            ),
+            heard=self.pool.heard,
+            gap=self.recording.gap,
         )
         self._watch_containers()
-        self.resolver = FlowResolver(config, self.steering, Resolver(self.engines), self.identity, self.names)
+        self.resolver = FlowResolver(
+            config, self.watch.steering, Resolver(self.engines), self.identity, self.names
+        )
         try:
             async with asyncio.timeout(5):
                 await names
         except TimeoutError:
             log.warning("names of targets and rules do not resolve yet; trying again every %.0f s", REFRESH_S)
-        await loop.run_in_executor(self._kernel_thread, self._start_steering)
+        await self.watch.start()
         self._control = ControlServer(
-            socket_path(self.instance), AgentControl(self), on_refusal=self._control_refused
+            socket_path(self.instance), AgentControl(self), on_refusal=self.recording.control_refused
         )
         await self._control.start()
         self._start_shipping()
-        for job_ in (self._beat, self._commit, self._watch_policy, self._watch_holds, self._refresh_names):
+        for job_ in (
+            self.watch.beat_forever,
+            self.recording.commit_forever,
+            self._watch_policy,
+            self._watch_holds,
+            self._refresh_names,
+        ):
             self._tasks.append(asyncio.create_task(job_(), name=job_.__name__))
-
-    def _start_steering(self) -> None:
-        assert self.steering is not None
-        self.steering.start()
-        self.steering.beat()
 
     def _watch_containers(self) -> None:
         """An `exec` on a host without engines is spared the import of their library, which takes a tenth of a second."""
@@ -224,8 +192,7 @@ class Agent:
         if self.mode == "exec":
             run_state.save(self.instance)
         else:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._kernel_thread, run_state.claim, self.instance, self._scope())
+            await asyncio.to_thread(run_state.claim, self.instance, self._scope())
         self._begun = True
 
     def _scope(self) -> tuple[Path, ...]:
@@ -259,14 +226,14 @@ class Agent:
                 log.error("stopping, %s: %s", step.__name__.removeprefix("_").replace("_", " "), error)
 
     async def _stop_flows(self) -> None:
-        if self.steering is not None:
-            await asyncio.get_running_loop().run_in_executor(self._kernel_thread, self._take_events)
+        if self.watch is not None:
+            await self.watch.take_events()
         if self.pool is not None:
             await self.pool.stop(limits.DRAIN_S if self.mode == "run" else 0.5)
 
     async def _stop_steering(self) -> None:
-        if self.steering is not None:
-            await asyncio.get_running_loop().run_in_executor(self._kernel_thread, self.steering.close)
+        if self.watch is not None:
+            await self.watch.close()
 
     async def _stop_listening(self) -> None:
         if self._control is not None:
@@ -279,17 +246,11 @@ class Agent:
             self.engines.stop()
 
     async def _stop_recording(self) -> None:
-        if self.spool is None:
-            return
-        try:
-            if self._writer is not None:
-                self.record_agent("stopped", self.mode)
-                await self._spool_call(self.spool.close_stream, self._own_stream, "stopped")
-            await self._spool_call(self.spool.commit)
-            if self.shipper is not None:
-                await self.shipper.stop(flush_s=5.0)
-        finally:
-            await self._spool_call(self.spool.close)
+        await self.recording.close(self.mode, self._stop_shipping)
+
+    async def _stop_shipping(self) -> None:
+        if self.shipper is not None:
+            await self.shipper.stop(flush_s=5.0)
 
     async def _stop_collector(self) -> None:
         if self.collector is not None:
@@ -299,14 +260,15 @@ class Agent:
         if self._begun:
             await asyncio.to_thread(cgroups.remove, self.instance)
             await asyncio.to_thread(run_state.end, self.instance)
-        for thread in (self._kernel_thread, self._spool_thread, self._names_thread, self._reader_thread):
+        self.recording.end()
+        for thread in (self._names_thread, self._reader_thread):
             thread.shutdown(wait=False, cancel_futures=True)
 
     def _start_shipping(self) -> None:
-        assert self.spool is not None
+        assert self.recording.spool is not None
         upstream = self.config.upstream
         if upstream is not None:
-            self.shipper = Shipper(self.spool, upstream.url, upstream.read_token())
+            self.shipper = Shipper(self.recording.spool, upstream.url, upstream.read_token())
         elif self.mode == "run":
             data = self.config.audit.directory / "collector"
             self.collector = EmbeddedCollector(data, self._ship_to_collector)
@@ -316,81 +278,16 @@ class Agent:
             self.shipper.start()
 
     def _ship_to_collector(self) -> None:
-        assert self.spool is not None
+        assert self.recording.spool is not None
         if self.shipper is None:
-            self.shipper = Shipper(self.spool, f"{self.collector_address}", None)
+            self.shipper = Shipper(self.recording.spool, f"{self.collector_address}", None)
             self.shipper.start()
 
     # -- periodic work
 
-    async def _beat(self) -> None:
-        """The heartbeat that lets covered connections through: written only after the kernel state was verified, and with
-        the time at which a worker last spoke: one that hangs is refused as soon as one that is gone."""
-        loop = asyncio.get_running_loop()
-        assert self.steering is not None
-        assert self.pool is not None
-        while True:
-            heard = self.pool.heard()
-            if heard is not None:
-                try:
-                    await loop.run_in_executor(self._kernel_thread, self._verify_and_beat, heard)
-                except (SidecarError, OSError) as error:
-                    log.error("steering could not be verified; new connections are refused: %s", error)
-            await loop.run_in_executor(self._kernel_thread, self._take_events)
-            await asyncio.sleep(limits.BEAT_INTERVAL_S)
-
-    def _verify_and_beat(self, heard: float) -> None:
-        assert self.steering is not None
-        for drift in self.steering.beat(heard):
-            self.drift_count += 1
-            self.drifts.append(DriftStatus(drift.name, drift.detail, drift.repaired, time.time_ns()))
-            reason = GapReason.HOOK_DETACHED if "hook" in drift.name else GapReason.TABLE_CHANGED
-            self._later(
-                self.record_gap,
-                reason,
-                f"{drift.name}: {drift.detail}" + ("; repaired" if drift.repaired else ""),
-            )
-
-    def _take_events(self) -> None:
-        assert self.steering is not None
-        for event in self.steering.drain_events():
-            self._later(self._kernel_event, event)
-
-    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        self._event_loop.call_soon_threadsafe(call, *arguments)
-
-    def _kernel_event(self, event: Any) -> None:
-        self.refused += 1 if event.refused else 0
-        self.record_gap(GapReason(event.reason), event.detail, event=event)
-
-    async def _commit(self) -> None:
-        """Group commit: on disk, verified and signed within about `COMMIT_INTERVAL_S`."""
-        assert self.spool is not None
-        while True:
-            try:
-                await self._spool_call(self.spool.commit)
-            except (AuditError, OSError) as error:
-                log.error("audit: %s", error)
-            self._update_block()
-            await asyncio.sleep(COMMIT_INTERVAL_S)
-
-    def _update_block(self) -> None:
-        assert self.spool is not None
-        assert self.pool is not None
-        self._write_waiting()
-        state = self.spool.state()
-        if state.ok:  # the directory takes files again: who still fails says so again
-            then = time.monotonic() - AUDIT_FAILING_S
-            self.audit_failing = {n: said for n, said in self.audit_failing.items() if said[1] > then}
-        failing = next((detail for detail, _ in self.audit_failing.values()), "")
-        reason = failing or ("" if state.ok else state.blocked_reason or "the spool is full")
-        if reason != self.blocked_reason:
-            self.blocked_reason = reason
-            if reason:
-                log.error("audit is blocked, new requests wait: %s", reason)
-            else:
-                log.info("audit goes on")
-            self.pool.broadcast(link.Block("" if self.config.audit.on_full == "drop" else reason))
+    def _block(self, reason: str) -> None:
+        if self.pool is not None:
+            self.pool.broadcast(link.Block(reason))
 
     async def _watch_policy(self) -> None:
         while True:
@@ -402,7 +299,7 @@ class Agent:
             assert self.pool is not None
             self.pool.broadcast(self.policy.message())
             self._watch_names()
-            self.record_agent("policy_changed", self.policy.policy.revision)
+            self.recording.agent("policy_changed", self.policy.policy.revision)
 
     async def _watch_holds(self) -> None:
         while True:
@@ -425,10 +322,6 @@ class Agent:
         """Reading records back is slow: a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._reader_thread, call, *arguments)
 
-    async def _spool_call(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """All of the spool's work happens in one thread, in order."""
-        return await asyncio.get_running_loop().run_in_executor(self._spool_thread, call, *arguments)
-
     # -- workers (proxy.workers.Owner)
 
     def worker_started(self, worker: WorkerHandle) -> None:
@@ -448,24 +341,11 @@ class Agent:
         self._task(self._give_segment(worker, None))
 
     async def _give_segment(self, worker: WorkerHandle, rotate: str | None) -> None:
-        assert self.spool is not None
-        try:
-            handle: StreamHandle = (
-                await self._spool_call(self.spool.rotate, rotate)
-                if rotate
-                else await self._spool_call(self.spool.open_stream, f"worker-{worker.number}")
-            )
-        except (AuditError, OSError) as error:
-            self._audit_fails(worker.number, str(error))
-            log.error("no segment for worker %d: %s", worker.number, error)
-            await asyncio.sleep(1.0)
-            self._task(self._give_segment(worker, rotate))
-            return
-        self.audit_failing.pop(worker.number, None)
+        handle = await self.recording.segment(worker.number, rotate)
         worker.stream = handle.stream
         worker.send(link.Segment(handle.stream, handle.head, handle.next_seq), (handle.fd,))
-        if self.blocked_reason and self.config.audit.on_full == "block":
-            worker.send(link.Block(self.blocked_reason))
+        if self.recording.blocked_reason and self.config.audit.on_full == "block":
+            worker.send(link.Block(self.recording.blocked_reason))
 
     def _task(self, coroutine: Any) -> None:
         task = asyncio.create_task(coroutine)
@@ -498,76 +378,32 @@ class Agent:
                 if facts is not None and self.resolver is not None:
                     self.resolver.remember_tls(facts)
             case link.AuditFailed():
-                self._audit_fails(worker.number, message.detail)
-                self._update_block()
+                self.recording.fails(worker.number, message.detail)
+                self.recording.update_block()
             case link.AuditRecovered():
-                self.audit_failing.pop(worker.number, None)
+                self.recording.works(worker.number)
 
     def worker_died(self, worker: WorkerHandle, detail: str) -> None:
-        self.audit_failing.pop(worker.number, None)
+        self.recording.works(worker.number)
         for flow in list(worker.flows):
             self.facts.pop(flow, None)
             self.holds.flow_ended(flow)
-            self.append(
-                Record(
-                    id=self.ids.new(time.time_ns()),
-                    ts_ns=time.time_ns(),
-                    kind="close",
-                    flow=flow,
-                    reason=CloseReason.WORKER_DIED.value,
-                    detail=detail,
-                )
-            )
-        if worker.stream and self.spool is not None:
+            self.recording.flow_lost(flow, detail)
+        if worker.stream:
             stream, worker.stream = worker.stream, ""
-            self._task(self._spool_call(self.spool.close_stream, stream, "worker " + detail))
+            self._task(self.recording.close_stream(stream, "worker " + detail))
 
     async def _resolve(self, worker: WorkerHandle, message: link.Resolve) -> None:
         assert self.resolver is not None
         outcome = await self.resolver.resolve(message)
         if isinstance(outcome, Refusal):
             worker.send(link.Resolved(message.id, None, outcome.reason.value))
-            self._refused(outcome)
+            self.recording.refused(outcome)
             return
         self.identity_counts[0 if outcome.principal else 1] += 1
         self.facts[outcome.flow] = outcome
         worker.flows[outcome.flow] = None
         worker.send(link.Resolved(message.id, outcome))
-
-    def _refused(self, refusal: Refusal) -> None:
-        now_ns = time.time_ns()
-        origin = refusal.origin
-        flow = self.ids.new(now_ns)
-        self.append(
-            Record(
-                id=flow,
-                ts_ns=now_ns,
-                kind="open",
-                flow=flow,
-                origin={"pid": origin.pid, "tgid": origin.tgid, "uid": origin.uid, "comm": origin.comm}
-                if origin
-                else {"uncertain": True},
-                target=TargetPart(
-                    host=refusal.original.host,
-                    port=refusal.original.port,
-                    protocol="unknown",
-                    address=refusal.original.host,
-                    host_source="address",
-                ),
-                operation=OperationPart(kind="connect"),
-                verdict=VerdictPart(action="deny", rule="steering", reason=refusal.detail),
-            )
-        )
-        self.append(
-            Record(
-                id=self.ids.new(now_ns),
-                ts_ns=now_ns,
-                kind="close",
-                flow=flow,
-                reason=refusal.reason.value,
-                detail=refusal.detail,
-            )
-        )
 
     def _sign(self, worker: WorkerHandle, message: link.Sign) -> None:
         facts = self.facts.get(message.flow)
@@ -581,96 +417,6 @@ class Agent:
                 now_s=time.time(),
             )
         worker.send(link.Signed(message.id, assertion))
-
-    # -- records of our own
-
-    def _hold_decided(self, grant: Grant, request: link.HoldRequested) -> None:
-        now_ns = time.time_ns()
-        self.append(
-            Record(
-                id=self.ids.new(now_ns),
-                ts_ns=now_ns,
-                kind="decision",
-                flow=request.flow,
-                request=request.request_id,
-                hold=HoldPart(
-                    id=grant.hold_id,
-                    state=grant.state.value,
-                    by=grant.decided_by,
-                    reason=grant.reason,
-                    expires_ns=grant.expires_ns,
-                    digest=grant.digest,
-                ),
-            )
-        )
-
-    def _control_refused(self, refusal: ControlRefusal) -> None:
-        self.record_agent(
-            "control_refused",
-            f"{refusal.method} {refusal.subject} by pid {refusal.pid} uid {refusal.uid}: {refusal.cause}",
-        )
-
-    def record_gap(self, reason: GapReason, detail: str, *, event: Any = None) -> None:
-        now_ns = time.time_ns()
-        self.gaps[reason.value] = self.gaps.get(reason.value, 0) + 1
-        record = Record(id=self.ids.new(now_ns), ts_ns=now_ns, kind="gap", reason=reason.value, detail=detail)
-        if event is not None:
-            record.origin = {"pid": event.pid, "tgid": event.tgid, "uid": event.uid, "comm": event.comm}
-            record.target = TargetPart(
-                host=event.destination.host,
-                port=event.destination.port,
-                protocol="unknown",
-                address=event.destination.host,
-                host_source="address",
-            )
-        self.append(record)
-
-    def record_agent(self, reason: str, detail: str) -> None:
-        now_ns = time.time_ns()
-        self.append(Record(id=self.ids.new(now_ns), ts_ns=now_ns, kind="agent", reason=reason, detail=detail))
-
-    def append(self, record: Record) -> None:
-        """To the supervisor's own stream; kept in memory, bounded, while the spool cannot take it."""
-        if self._unwritten or not self._append(record):
-            if len(self._unwritten) < MAX_UNWRITTEN:
-                self._unwritten.append(record)
-            else:
-                self._lost += 1
-
-    def _write_waiting(self) -> None:
-        """Records that the spool could not take when they were made; what did not fit in memory either becomes a gap."""
-        while self._unwritten and self._append(self._unwritten[0]):
-            self._unwritten.popleft()
-        if self._lost and not self._unwritten:
-            lost, self._lost = self._lost, 0
-            self.record_gap(GapReason.SPOOL_DROPPED, f"{lost} records of the supervisor could not be kept")
-
-    def _audit_fails(self, number: int, detail: str) -> None:
-        self.audit_failing[number] = (detail, time.monotonic())
-
-    def _append(self, record: Record) -> bool:
-        if self._writer is None:
-            return False
-        try:
-            self._writer.append(record)
-        except AuditError as error:
-            self._audit_fails(-1, str(error))
-            return False
-        self.audit_failing.pop(-1, None)
-        if self._writer.full and not self._rotating:
-            self._rotating = True
-            self._task(self._rotate_own())
-        return True
-
-    async def _rotate_own(self) -> None:
-        assert self.spool is not None
-        assert self._writer is not None
-        try:
-            self._writer.switch((await self._spool_call(self.spool.rotate, self._own_stream)).fd)
-        except AuditError as error:  # the next record asks again
-            log.error("no segment for the supervisor's stream: %s", error)
-        finally:
-            self._rotating = False
 
     async def run_until_stopped(self) -> None:
         await self.stopping.wait()

@@ -45,7 +45,8 @@ class AgentControl:
         config = agent.config
         policy = agent.policy.state()
         rules = agent.policy.policy.rules
-        spool = agent.spool.state() if agent.spool else None
+        watch = agent.watch
+        spool = agent.recording.state()
         pool = agent.pool.workers if agent.pool else []
         scope = config.steering.scope
         shipping = agent.shipper.state() if agent.shipper else None
@@ -76,8 +77,8 @@ class AgentControl:
                 for worker in pool
             ),
             spool=SpoolStatus(
-                ok=not agent.blocked_reason,
-                blocked_reason=agent.blocked_reason or None,
+                ok=not agent.recording.blocked_reason,
+                blocked_reason=agent.recording.blocked_reason or None,
                 dropping=agent.config.audit.on_full == "drop",
                 used_bytes=spool.used_bytes if spool else 0,
                 unshipped_bytes=spool.unshipped_bytes if spool else 0,
@@ -96,9 +97,9 @@ class AgentControl:
                 ok=bool(agent.pool and agent.pool.healthy),
                 on_failure=config.steering.on_failure,
                 listen_port=agent.listen_port,
-                drifts=tuple(agent.drifts),
-                drift_count=agent.drift_count,
-                refused=agent.refused,
+                drifts=tuple(watch.drifts) if watch else (),
+                drift_count=watch.drift_count if watch else 0,
+                refused=watch.refused if watch else 0,
             ),
             identity=IdentityStatus(
                 required=config.identity.required,
@@ -107,7 +108,7 @@ class AgentControl:
                 failed=agent.identity_counts[1],
                 error="; ".join(agent.identity.problems()) or None,
             ),
-            gaps=dict(agent.gaps),
+            gaps=dict(agent.recording.gaps),
             limitations=(*config.limitations(), *(agent.engines.problems() if agent.engines else ())),
             flows=len(agent.facts),
             holds=agent.holds.pending,

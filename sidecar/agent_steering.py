@@ -1,0 +1,87 @@
+"""The supervisor's part of steering: one thread for all that touches the kernel, the heartbeat, what drifted, and what the hooks tell.
+
+Belongs to the agent's loop. What is steered and how, `kernel.steering` knows; what becomes a record, `gap` takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from sidecar.control.protocol import DriftStatus
+from sidecar.errors import SidecarError
+from sidecar.kernel.steering import Drift, KernelEvent, Steering, SteeringPlan
+from sidecar.model.reasons import GapReason
+from sidecar.proxy import limits
+
+log = logging.getLogger("sidecar")
+
+MAX_DRIFTS_SHOWN: Final = 32
+
+
+class Gap(Protocol):
+    """Records a gap."""
+
+    def __call__(self, reason: GapReason, detail: str, *, event: KernelEvent | None = None) -> None: ...
+
+
+class SteeringWatch:
+    """`start`, `beat_forever` as a task, `take_events` once more, `close`. `heard` says when a worker last spoke."""
+
+    def __init__(self, plan: SteeringPlan, *, heard: Callable[[], float | None], gap: Gap) -> None:
+        self.steering = Steering(plan)
+        self.drifts: deque[DriftStatus] = deque(maxlen=MAX_DRIFTS_SHOWN)
+        self.drift_count = 0
+        self.refused = 0
+        self._heard = heard
+        self._gap = gap
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "kernel")
+
+    async def start(self) -> None:
+        """Raises PrerequisiteError or SteeringError; nothing stands in the kernel then."""
+        await self._call(self._start)
+
+    def _start(self) -> None:
+        self.steering.start()
+        self.steering.beat()
+
+    async def _call(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+    async def beat_forever(self) -> None:
+        """The heartbeat that lets covered connections through: written only after the kernel state was verified, and with
+        the time at which a worker last spoke: one that hangs is refused as soon as one that is gone."""
+        while True:
+            heard = self._heard()
+            if heard is not None:
+                try:
+                    for drift in await self._call(self.steering.beat, heard):
+                        self._drifted(drift)
+                except (SidecarError, OSError) as error:
+                    log.error("steering could not be verified; new connections are refused: %s", error)
+            await self.take_events()
+            await asyncio.sleep(limits.BEAT_INTERVAL_S)
+
+    def _drifted(self, drift: Drift) -> None:
+        self.drift_count += 1
+        self.drifts.append(DriftStatus(drift.name, drift.detail, drift.repaired, time.time_ns()))
+        reason = GapReason.HOOK_DETACHED if "hook" in drift.name else GapReason.TABLE_CHANGED
+        self._gap(reason, f"{drift.name}: {drift.detail}" + ("; repaired" if drift.repaired else ""))
+
+    async def take_events(self) -> None:
+        """What the hooks have told since the last time becomes gaps."""
+        for event in await self._call(self.steering.drain_events):
+            self.refused += 1 if event.refused else 0
+            self._gap(GapReason(event.reason), event.detail, event=event)
+
+    async def close(self) -> None:
+        """Steer nothing any more. Also after a failed `start`."""
+        try:
+            await self._call(self.steering.close)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
