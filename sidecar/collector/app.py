@@ -1,6 +1,7 @@
 """The collector's composition: store, ingest, API, pages and their guard, as one ASGI application; and the process that serves it.
 
-Loopback by default. Elsewhere it is served only with TLS and an enrolment token, and then reading needs the page's token too.
+Loopback by default, where root and the collector's own user read and others need the page's token. Elsewhere it is served only with TLS
+and an enrolment token, and then everybody needs it.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def create_app(
     token: str,
     enrolment: Secret | None = None,
     hosts: frozenset[str] = frozenset(),
-    open_to_read: bool = True,
+    open_to_own_user: bool = True,
     token_file: str = TOKEN_FILE,
 ) -> Starlette:
     """`token` is the page's, `token_file` where people find it; `hosts` are the names under which it may be called, empty: any."""
     ingest = Ingest(store, enrolment)
-    pages = Pages(store, approvals, Sessions(token), open_to_read=open_to_read, token_file=token_file)
+    pages = Pages(store, approvals, Sessions(token), open_to_own_user=open_to_own_user, token_file=token_file)
     routes: list[BaseRoute] = [
         Route("/v1/batches", ingest.batches, methods=["POST"]),
         Route("/v1/flows", pages.api_flows),
@@ -141,11 +142,12 @@ def serve(
             token=page_token(data_dir),
             enrolment=enrolment,
             hosts=frozenset({host.lower(), "localhost"}) if local else frozenset(),
-            open_to_read=local,
+            open_to_own_user=local,
             token_file=str(data_dir / TOKEN_FILE),
         )
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, lifespan="off", http="h11",
+            proxy_headers=False,  # who is at the other end is the kernel's word, no header's
             timeout_graceful_shutdown=GRACE_S, limit_concurrency=MAX_CONNECTIONS,
             ssl_certfile=certificate.chain if certificate else None,
             ssl_keyfile=certificate.key if certificate else None,

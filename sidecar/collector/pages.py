@@ -13,6 +13,7 @@ from sidecar.collector import views
 from sidecar.collector.approvals import ApprovalsGateway
 from sidecar.collector.guard import Sessions, form_of, same_origin
 from sidecar.collector.ingest import json_response
+from sidecar.collector.peer_user import is_ours
 from sidecar.collector.store import MAX_FLOW_PAGE, MAX_PAGE, Store
 from sidecar.errors import SidecarError
 
@@ -23,7 +24,8 @@ DECIDER: Final = "web page"
 
 
 class Pages:
-    """Handlers over one store. `open_to_read`: whoever reaches us may read; else a session or the page's token is needed."""
+    """Handlers over one store. Reading takes a session or the page's token; with `open_to_own_user`, being root or the user that this
+    process runs as is enough, over loopback."""
 
     def __init__(
         self,
@@ -31,13 +33,13 @@ class Pages:
         approvals: ApprovalsGateway | None,
         sessions: Sessions,
         *,
-        open_to_read: bool,
+        open_to_own_user: bool,
         token_file: str,
     ) -> None:
         self._store = store
         self._approvals = approvals
         self._sessions = sessions
-        self._open_to_read = open_to_read
+        self._open_to_own_user = open_to_own_user
         self._token_file = token_file
         self._templates = Environment(
             loader=PackageLoader("sidecar.collector", "templates"),
@@ -52,14 +54,17 @@ class Pages:
         shown = self._templates.get_template(name).render(approvals=self._approvals is not None, **values)
         return HTMLResponse(shown, code)
 
-    def _may_read(self, request: Request) -> bool:
+    async def _may_read(self, request: Request) -> bool:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return self._open_to_read or self._sessions.of(request) is not None or self._sessions.token_is(given)
+        if self._sessions.of(request) is not None or self._sessions.token_is(given):
+            return True
+        ends = request.scope.get("client"), request.scope.get("server")
+        return self._open_to_own_user and await run_in_threadpool(is_ours, *ends)
 
     # -- API
 
     async def api_flows(self, request: Request) -> Response:
-        if not self._may_read(request):
+        if not await self._may_read(request):
             return PlainTextResponse("the page's token is needed\n", 401)
         query = request.query_params
         flows = await run_in_threadpool(
@@ -71,7 +76,7 @@ class Pages:
         return json_response({"flows": flows})
 
     async def api_flow(self, request: Request) -> Response:
-        if not self._may_read(request):
+        if not await self._may_read(request):
             return PlainTextResponse("the page's token is needed\n", 401)
         records = await run_in_threadpool(
             self._store.flow,
@@ -84,7 +89,7 @@ class Pages:
         )
 
     async def api_record(self, request: Request) -> Response:
-        if not self._may_read(request):
+        if not await self._may_read(request):
             return PlainTextResponse("the page's token is needed\n", 401)
         record = await run_in_threadpool(self._store.record, request.path_params["record"])
         return json_response(record) if record else json_response({"error": "no such record"}, 404)
@@ -92,7 +97,7 @@ class Pages:
     # -- pages
 
     async def index(self, request: Request) -> Response:
-        if not self._may_read(request):
+        if not await self._may_read(request):
             return self._login("/")
         text = request.query_params.get("q", "")[:MAX_QUERY]
         before = _number(request.query_params.get("before"), 0) or None
@@ -101,7 +106,7 @@ class Pages:
         return self._page("flows.html", flows=flows, q=text, more=more, later=before is not None)
 
     async def flow(self, request: Request) -> Response:
-        if not self._may_read(request):
+        if not await self._may_read(request):
             return self._login(request.url.path)
         flow = request.path_params["flow"]
         offset = _number(request.query_params.get("offset"), 0, 1 << 40)
