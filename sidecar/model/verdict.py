@@ -140,6 +140,19 @@ class CatalogChanges:
 
 
 @dataclass(frozen=True, slots=True)
+class NameUse:
+    """What a statement does to the name of a prepared statement or a cursor. `act`: prepare, deallocate, declare, close, fetch,
+    execute, or run (EXPLAIN and CREATE TABLE AS of an EXECUTE). `name` None: all names. `text`: the whole PREPARE or DECLARE; None
+    where it is too long to be remembered."""
+
+    act: str
+    name: str | None
+    text: str | None = None
+    lasting: bool = False
+    """WITH HOLD: it lives on after the transaction."""
+
+
+@dataclass(frozen=True, slots=True)
 class SqlFacts:
     """What the tree says that a session needs."""
 
@@ -149,9 +162,6 @@ class SqlFacts:
     may_change_catalog: bool = False
     """DDL, or something opaque that may hold DDL: catalog facts have to be refreshed."""
     transaction_control: bool = False
-    prepared: tuple[str, ...] = ()
-    cursors: tuple[str, ...] = ()
-    """Names that PREPARE and DECLARE give: the server keeps one list of statements, and one of portals, for SQL and for messages."""
     is_copy: bool = False
     copy_source: str | None = None
     """`schema.table`, `table` or None where COPY reads a query."""
@@ -163,6 +173,8 @@ class SqlFacts:
     may_move: bool = False
     """Writes, copies or calls what could move a masked column, or is judged more strictly: to be judged by the catalog too."""
     changes: CatalogChanges | None = None
+    names: tuple[NameUse, ...] = ()
+    """In their order in the text."""
     password_spans: tuple[tuple[int, int], ...] = ()
     """Byte offsets [start, end) of password literals in the text, to be replaced before recording."""
     masked_literal_spans: tuple[tuple[int, int], ...] = field(default=())

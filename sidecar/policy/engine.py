@@ -23,6 +23,7 @@ from sidecar.policy.lineage import trace
 from sidecar.policy.masks import EMPTY, NamedRelations, Plan
 from sidecar.policy.reach import ANYTHING, CLEAN, FUNCTION, MASKED, Flows, together
 from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
+from sidecar.policy.sql_names import RETURNS_NAMED
 from sidecar.policy.sql_vocabulary import MOVING, SINKS, TABLE_BY_NAME
 
 CACHE_ENTRIES: Final = 4_096
@@ -477,14 +478,16 @@ class Policy:
             settings=tuple(sorted(analysis.settings)),
             may_change_catalog=analysis.ddl,
             transaction_control=analysis.transaction,
-            prepared=tuple(sorted(analysis.prepared)),
-            cursors=tuple(sorted(analysis.cursors)),
             is_copy="COPY" in analysis.statements,
             masked_reach=record_plan.has_columns
-            and self.masks_reach(together(flow.derived for flow in _flows(analysis, record_plan))),
+            and (
+                any(use.act in RETURNS_NAMED for use in analysis.names)
+                or self.masks_reach(together(flow.derived for flow in _flows(analysis, record_plan)))
+            ),
             refusal=self._refusal(analysis, plan),
             may_move=plan.has_columns and self._may_move(analysis),
             changes=analysis.changes,
+            names=analysis.names,
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
             masked_parameters=tuple(number for column, number in analysis.bound_parameters if bound(column)),

@@ -45,14 +45,15 @@ _ONE_COLUMN: Final = frozenset(
      "jsonb_array_elements_text", "now", "current_date"}
 )  # fmt: skip
 _ROWS: Final = frozenset({"SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt"})
-_ELSEWHERE: Final = frozenset({"FetchStmt", "ExecuteStmt"})
 _QUERIES: Final = frozenset({"PrepareStmt", "DeclareCursorStmt"})
 
 
-def trace(statement: Any, relations: Relations) -> Flows:
-    """Never raises: what is too deep or too large may be anything."""
+def trace(statement: Any, relations: Relations, *, executed: bool = False) -> Flows:
+    """Never raises: what is too deep or too large may be anything. `executed`: of a PREPARE or DECLARE, the query inside it."""
     tracer = _Tracer(relations)
     try:
+        if executed and statement.DESCRIPTOR.name in _QUERIES:
+            statement = unwrap(statement.query)
         return tracer.statement(statement)
     except (TooDeep, RecursionError):
         return UNKNOWN
@@ -71,7 +72,8 @@ class _Tracer(Values):
             # A plan holds no value but what the planner itself computed, by immutable functions.
             outputs, returns = (Rest(reach_of_all(inner.outputs) & FUNCTION),), True
         elif name in _QUERIES:
-            self.query(unwrap(node.query), None, {})
+            # Nothing comes back yet; what will, is judged now.
+            outputs = self.query(unwrap(node.query), None, {})
         elif name == "CopyStmt":
             self._copy(node)
         elif name == "CreateTableAsStmt":
@@ -79,8 +81,6 @@ class _Tracer(Values):
             self.moved |= (
                 reach_of_all(self.query(query, None, {})) if query.DESCRIPTOR.name in _ROWS else ANYTHING
             )
-        elif name in _ELSEWHERE:
-            outputs, returns = (Rest(ANYTHING),), True
         elif name == "CallStmt":
             outputs, returns = (Rest(self.value(node.funccall, Scope(self.relations), {})),), True
         elif name == "VariableShowStmt":

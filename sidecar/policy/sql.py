@@ -16,6 +16,7 @@ from sidecar.policy.lineage import trace
 from sidecar.policy.reach import UNKNOWN, Flows, Relations
 from sidecar.policy.sql_changes import changes_of
 from sidecar.policy.sql_facts import Analysis, Table, together
+from sidecar.policy.sql_names import names_of
 from sidecar.policy.sql_secrets import find_passwords, literal_span, may_hold_secrets
 from sidecar.policy.sql_tree import TooDeep, unwrap
 from sidecar.policy.sql_vocabulary import STATEMENT_KINDS
@@ -57,15 +58,21 @@ def analyse(text: str) -> Analysis:
     except (UnicodeEncodeError, ValueError, RecursionError) as error:
         found.unjudged = f"it cannot be parsed ({type(error).__name__})"
         return found
-    parts = [_analyse_one(unwrap(raw.stmt)) for raw in tree.stmts]
+    encoded = text.encode()
+    parts = [
+        _analyse_one(unwrap(raw.stmt), encoded[raw.stmt_location :][: raw.stmt_len or len(encoded)])
+        for raw in tree.stmts
+    ]
     found = parts[0] if len(parts) == 1 else together(parts)
     if may_hold_secrets(text) or found.secret_options:
         find_passwords(text, found)
     return found
 
 
-def _analyse_one(statement: Any) -> Analysis:
-    found = Analysis(tree=statement, changes=changes_of(statement))
+def _analyse_one(statement: Any, text: bytes) -> Analysis:
+    found = Analysis(tree=statement, changes=changes_of(statement), names=names_of(statement, text))
+    # Texts that differ in a literal are remembered, and recorded, each as it is.
+    found.constant_sensitive = any(use.act not in ("deallocate", "close", "fetch") for use in found.names)
     try:
         Walker(found).statement(statement)
     except (TooDeep, RecursionError):
@@ -73,13 +80,14 @@ def _analyse_one(statement: Any) -> Analysis:
     return found
 
 
-def flows(text: str, relations: Relations) -> list[Flows]:
-    """The lineage of every statement in a text that was judged before."""
+def flows(text: str, relations: Relations, *, executed: bool = False) -> list[Flows]:
+    """The lineage of every statement in a text that was judged before. `executed`: a PREPARE or DECLARE as what it names. FETCH and
+    EXECUTE return what others say, and have no outputs here."""
     try:
         tree = postgast.parse(text)
     except (postgast.PgQueryError, ValueError, RecursionError):
         return [UNKNOWN]
-    return [trace(unwrap(raw.stmt), relations) for raw in tree.stmts]
+    return [trace(unwrap(raw.stmt), relations, executed=executed) for raw in tree.stmts]
 
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sidecar.model.verdict import CatalogChanges, SyntaxIssue
+from sidecar.model.verdict import CatalogChanges, NameUse, SyntaxIssue
 from sidecar.policy.sql_vocabulary import DDL
 
 
@@ -40,10 +40,6 @@ class Analysis:
     """Settings that are SET or RESET; `*` for all or for one that cannot be known."""
     stored: set[str] = field(default_factory=set)
     """Column names that a definition puts under another name, or under another column; `*` for all."""
-    prepared: set[str] = field(default_factory=set)
-    """Names that PREPARE gives."""
-    cursors: set[str] = field(default_factory=set)
-    """Names that DECLARE gives."""
     copy_out: bool = False
     password_spans: list[tuple[int, int]] = field(default_factory=list)
     bound_literals: list[tuple[str, int]] = field(default_factory=list)
@@ -61,6 +57,7 @@ class Analysis:
     """CREATE or ALTER of a user mapping or foreign server: its options are secrets."""
     do_bodies: list[str] = field(default_factory=list)
     changes: CatalogChanges = field(default_factory=CatalogChanges)
+    names: tuple[NameUse, ...] = ()
     tree: Any = None
     """The statement, for its lineage (lineage.py); None where `parts` has several."""
     parts: list[Analysis] = field(default_factory=list)
@@ -84,8 +81,6 @@ def together(parts: list[Analysis]) -> Analysis:
             "functions",
             "settings",
             "stored",
-            "prepared",
-            "cursors",
             "value_fields",
             "row_fields",
         ):
@@ -95,6 +90,7 @@ def together(parts: list[Analysis]) -> Analysis:
             "secret_options",
         ):  # fmt: skip
             setattr(found, name, getattr(found, name) or getattr(part, name))
+    found.names = tuple(use for part in parts for use in part.names)
     changes = [part.changes for part in parts]
     found.changes = CatalogChanges(
         made=tuple(name for change in changes for name in change.made),

@@ -217,12 +217,6 @@ class Walker:
         self.found.settings.add(node.name.lower() or "*")
         self.found.constant_sensitive = True
 
-    def _PrepareStmt(self, node: Any, depth: int) -> None:
-        self.found.prepared.add(node.name)
-
-    def _DeclareCursorStmt(self, node: Any, depth: int) -> None:
-        self.found.cursors.add(node.portalname)
-
     def _DiscardStmt(self, node: Any, depth: int) -> None:
         self.found.settings.add("*")
 

@@ -8,7 +8,7 @@ Theory of operation
     ready     client messages are judged (postgres_requests), server messages matched to what they answer (postgres_results)
     raw       opaque relay: TLS that we cannot open, cancel requests
 
-Each part is a class that knows the one before it: Opening, Rows, Results, Cycles (the lane), Injections, Refusals, Requests, and
+Each part is a class that knows the one before it: Opening, Rows, Results, Cycles (the lane), Names, Injections, Refusals, Requests, and
 here the events that a driver reports.
 """
 
@@ -162,7 +162,10 @@ class PostgresSession(Requests):
         """An approval satisfies the rule that held, once; every other rule of the policy that is in force now is judged."""
         portal = held.portal
         judge = self.judge
-        decision = judge.strictest(portal.statements) if portal else judge.decide(held.data[5:-1])
+        if portal is not None:
+            decision = judge.strictest(portal.statements, self._resolved)
+        else:
+            decision = self._resolved(judge.decide(held.data[5:-1]))
         verdict = decision.verdict
         if decision.passes or (
             decision.denial is None

@@ -213,6 +213,17 @@ class Catalog:
             return name not in self._altered
         return any(self._mask_of(plan, key) is not None for key in numbers)
 
+    def may_call(self, name: str) -> bool:
+        """Whether reading a relation of this name may run a function of the users' own, as far as the snapshot says."""
+        found = self.named("", name)
+        return found is None or any(self._calls(oid, frozenset()) for oid in found)
+
+    def _calls(self, oid: int, seen: frozenset[int]) -> bool:
+        if oid in self._calling:
+            return True
+        sources = {source for source, _ in self._view_sources.get(oid, ())} - seen
+        return any(self._calls(source, seen | {oid}) for source in sources)
+
     # -- by OID, for descriptions
 
     def mask(

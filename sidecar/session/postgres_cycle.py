@@ -17,6 +17,7 @@ if COMPILED:
     from sidecar.session.postgres_lane import CHUNK_MAX_BYTES, Lane, make_answer, make_known
 if TYPE_CHECKING:
     from sidecar.session.postgres_lane import Answer, Cycle, Known
+from sidecar.session.postgres_reach import runs_unseen_code
 from sidecar.session.postgres_results import Results
 
 KNOWN_MAX: Final = 1024
@@ -34,6 +35,8 @@ class Cycles(Results):
         self._known: dict[tuple[Decision, bool], Known | None] = {}
         self._answers: dict[RowPlan, Answer] = {}
         self._known_under = (-1, -1)
+        self._unseen_passed = False
+        """The lane may have let a statement through that runs code nobody sees."""
         self._order = 0
         self._segment = 0
         """Counts the client's Syncs: the server skips to the end of a segment after any failure in it."""
@@ -91,9 +94,11 @@ class Cycles(Results):
         if self._stale and decision.masks_columns:
             return None
         key = (decision, query)
-        if key in self._known:
-            return self._known[key]
-        known = self._known[key] = self._make_known(decision, raw, query)
+        if key not in self._known:
+            self._known[key] = self._make_known(decision, raw, query)
+        known = self._known[key]
+        if known is not None and not self._unseen_passed:
+            self._unseen_passed = runs_unseen_code(self._catalog, decision)
         return known
 
     def _make_known(self, decision: Decision, raw: bytes, query: bool) -> Known | None:
@@ -106,10 +111,8 @@ class Cycles(Results):
             or decision.ambiguous
             or decision.ddl
             or decision.resets
+            or decision.names
             or facts is None
-            or facts.prepared
-            or facts.cursors
-            or "CLOSE" in facts.statements
             or facts.masked_parameters
             or limit < CHUNK_MAX_BYTES
         ):
@@ -135,12 +138,15 @@ class Cycles(Results):
         self._bytes[1] += lane.bytes_server
         answered = lane.sent - len(lane.cycles)
         self._order += answered
+        if self._unseen_passed:
+            self._unseen_passed = False
+            self.judge.doubted = self._order + len(lane.cycles) + 1
         self._segment += answered
         if lane.confirmed is not None:
             self._statements[b""] = self._as_prepared(lane.confirmed.raw, confirmed=True)
         if lane.executed is not None:
             if lane.status == b"I":
-                self._portals.clear()
+                self._end_portals()
             else:
                 portal, _ = self._portal_of(lane.executed)
                 portal.confirmed, portal.older = True, None

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from sidecar.codecs.postgres.messages import Bind, Column
 from sidecar.model.record import ColumnPart, OperationPart, Record, ResponsePart, TimingPart, VerdictPart
-from sidecar.model.verdict import MaskPlan, ValueMask, Verdict
+from sidecar.model.verdict import MaskPlan, NameUse, ValueMask, Verdict
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +59,21 @@ class Decision:
     unseen: bool = False
     """May change the client's encoding, or run what does not stand in its text."""
     row_plans: dict[bytes, RowPlan] = field(default_factory=dict)
+    executed: bool = False
+    """`text` is a PREPARE or DECLARE, and this is about the statement in it."""
+    base: Decision | None = None
+    """Of what returns rows of named statements: the decision on its own text alone, before any of theirs."""
+    stands_for: tuple[Decision, ...] = ()
+    """On the statements whose rows it returns."""
+
+    @property
+    def several(self) -> bool:
+        """Whether the text may hold more than one statement that names something."""
+        return len(self.verdict.statements) != 1 and ";" in self.text.rstrip("; \t\r\n")
+
+    @property
+    def names(self) -> tuple[NameUse, ...]:
+        return self.verdict.sql.names if self.verdict.sql is not None else ()
 
     @property
     def masks_columns(self) -> bool:
@@ -70,7 +85,7 @@ class Decision:
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """`raw` is the text as the client sent it; None: made where we could not look (SQL PREPARE). `closed`: a Close was sent."""
+    """`raw` is the text as the client sent it; None: made where we could not look (a function). `closed`: a Close was sent."""
 
     raw: bytes | None
     segment: int = 0
@@ -81,6 +96,9 @@ class Prepared:
     description: bytes = b""
     reading: str = ""
     """The encoding in which the server read it (Judge.reading)."""
+    order: int = 0
+    executed: bool = False
+    """Made by SQL: `raw` is the PREPARE or DECLARE."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +116,8 @@ class Portal:
     """SQL may have ended it, so that a function could open another under its name."""
     described: bool = False
     """A Describe of it is on its way, so that its columns will be known before its rows."""
+    lasting: bool = False
+    """Outlives the transaction (WITH HOLD)."""
 
 
 Version = TypeVar("Version", Prepared, Portal)
@@ -129,6 +149,15 @@ def confirm(table: dict[bytes, Version], name: bytes, version: Version) -> None:
     version.confirmed, version.older = True, None
     if version.closed and table.get(name) is version:
         del table[name]
+
+
+def older_than(version: Prepared | Portal) -> int:
+    """How many versions there may be behind this one."""
+    count = 0
+    while version.older is not None:
+        version = version.older
+        count += 1
+    return count
 
 
 def discard(table: dict[bytes, Version], name: bytes, version: Version) -> None:
@@ -165,6 +194,7 @@ class Exchange:
         "hidden",
         "kind",
         "name",
+        "named",
         "order",
         "portal",
         "prepared",
@@ -189,6 +219,8 @@ class Exchange:
         self.record_id: str | None = None
         self.decision: Decision | None = None
         self.name = b""
+        self.named: list[tuple[dict[bytes, Any], bytes, Prepared | Portal]] = []
+        """What SQL in it does to names: the table, the name, the version made."""
         self.version: Prepared | Portal | None = None
         self.prepared: Prepared | None = None
         self.portal: Portal | None = None

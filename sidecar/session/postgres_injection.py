@@ -11,13 +11,13 @@ from sidecar.model.reasons import GapReason
 from sidecar.session.commands import SignAssertion
 from sidecar.session.context import SessionContext
 from sidecar.session.postgres_catalog import SNAPSHOT_QUERY
-from sidecar.session.postgres_cycle import Cycles
+from sidecar.session.postgres_names import Names
 from sidecar.session.postgres_startup import SERVER
 
 INJECTED: Final = b"_sidecar"
 
 
-class Injections(Cycles):
+class Injections(Names):
     def __init__(self, context: SessionContext) -> None:
         super().__init__(context)
         self._assertion: str | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +21,9 @@ from sidecar.model.record import OperationPart, Record
 from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
 from sidecar.policy import masks
 from sidecar.policy.builtin_functions import builtin_functions
+from sidecar.policy.reach import ANYTHING, CLEAN
 from sidecar.policy.sql import constants_differ_only, may_hold_secrets
+from sidecar.policy.sql_names import RETURNS_NAMED
 from sidecar.session.context import SessionContext, denial_message, verdict_part
 from sidecar.session.postgres_catalog import Catalog
 from sidecar.session.postgres_exchange import Decision, Prepared
@@ -34,6 +36,7 @@ if COMPILED:
 DECISIONS_MAX: Final = 4096
 DECISION_TEXT_MAX_BYTES: Final = 16_384
 """Longer texts are judged each time by the engine, which has a cache of its own."""
+STANDING_MAX: Final = 256
 ATTACH_RULE: Final = "identity.attach"
 
 _AMBIGUOUS: Final = re.compile(rb"\\'|[\x80-\xff]\\")
@@ -43,8 +46,6 @@ _NO_ROWS: Final = frozenset(
      "DECLARE", "CLOSE", "LISTEN", "UNLISTEN", "NOTIFY", "LOCK", "DROP", "ALTER", "CREATE", "COMMENT", "GRANT",
      "REVOKE", "TRUNCATE", "DO", "PREPARE TRANSACTION"}
 )  # fmt: skip
-_ELSEWHERE: Final = frozenset({"EXECUTE", "FETCH"})
-"""Return rows of a statement whose text was seen earlier, or by nobody."""
 _OPAQUE_TEXT: Final = b"DO $$ a statement that was made out of sight $$"
 _CODECS: Final = {
     "UTF8": "utf-8", "LATIN1": "latin-1", "LATIN2": "iso8859-2", "LATIN3": "iso8859-3", "LATIN4": "iso8859-4",
@@ -82,6 +83,10 @@ class Judge:
         """By the identity of a verdict, which the engine gives to all texts of one shape; the decision keeps it alive."""
         self._shapes: dict[bytes, Decision] = {}
         """By `postgres_lane.shape`: only where the engine gave one verdict to two texts of that shape, and would to all."""
+        self._executed: dict[bytes, Decision] = {}
+        self._standing: dict[tuple[Any, ...], Decision] = {}
+        self.doubted = 0
+        """Names that were given before the message of this number may mean something else now: code ran that nobody saw."""
         self._column_masks: bool | None = None
         self.generation = 0
         """Counts what made earlier decisions void."""
@@ -125,6 +130,8 @@ class Judge:
         self.generation += 1
         self._decisions.clear()
         self._shapes.clear()
+        self._executed.clear()
+        self._standing.clear()
 
     @property
     def wants_catalog(self) -> bool:
@@ -183,12 +190,14 @@ class Judge:
             self._elsewhere(found), rows=True, operation=OperationPart(kind="query"), row_plans={}
         )
 
-    def strictest(self, statements: Sequence[Prepared]) -> Decision:
-        """A refusal before a hold before what passes; of several that pass, the masks of all."""
-        found = [
-            self.decide(item.raw) if item.raw is not None and self.reads_alike(item) else self.opaque()
-            for item in statements
-        ] or [self.opaque()]
+    def strictest(
+        self,
+        statements: Sequence[Prepared],
+        resolved: Callable[[Decision], Decision] = lambda decision: decision,
+    ) -> Decision:
+        """A refusal before a hold before what passes; of several that pass, the masks of all. `resolved` says what FETCH and EXECUTE
+        stand for."""
+        found = [resolved(self.prepared(item)) for item in statements] or [self.opaque()]
         if len(found) == 1:
             return found[0]
         for decision in found:
@@ -205,6 +214,7 @@ class Judge:
             rows=True,
             steady=False,
             unseen=True,
+            base=None,
             row_plans={},
         )
 
@@ -218,6 +228,44 @@ class Judge:
     def reads_alike(self, prepared: Prepared) -> bool:
         """Whether a text that the server has parsed would be the same if it came now."""
         return prepared.raw is None or prepared.reading == self.reading or prepared.raw.isascii()
+
+    def prepared(self, item: Prepared) -> Decision:
+        """On what a name stands for."""
+        if item.raw is None or not self.reads_alike(item) or (item.executed and item.order < self.doubted):
+            return self.opaque()
+        return self._as_executed(item.raw) if item.executed else self.decide(item.raw)
+
+    def _as_executed(self, raw: bytes) -> Decision:
+        """The statement inside a PREPARE or DECLARE."""
+        found = self._executed.get(raw)
+        if found is None:
+            if len(self._executed) >= DECISIONS_MAX:
+                self._executed.clear()
+            found = self._executed[raw] = dataclasses.replace(
+                self.decide(raw), rows=True, executed=True, row_plans={}
+            )
+        return found
+
+    def standing(self, decision: Decision, statements: Sequence[Prepared | None]) -> Decision:
+        """FETCH and EXECUTE as the statements that they stand for. None among them: nobody saw it."""
+        base = decision.base
+        if base is None:
+            return decision
+        known = [
+            (item.executed, item.raw)
+            for item in statements
+            if item is not None and item.raw is not None and self.reads_alike(item)
+        ]
+        doubtful = len(known) < len(statements) or any(use.act == "run" for use in base.names)
+        doubtful = doubtful or any(item is not None and item.order < self.doubted for item in statements)
+        key = (decision, doubtful, tuple(known))
+        found = self._standing.get(key)
+        if found is None:
+            if len(self._standing) >= STANDING_MAX:
+                self._standing.clear()
+            inner = [self._as_executed(raw) if executed else self.decide(raw) for executed, raw in known]
+            found = self._standing[key] = _as_strict(decision if doubtful else base, inner, doubtful)
+        return found
 
     def _build(self, raw: bytes) -> Decision:
         read = self._text(raw)
@@ -288,8 +336,8 @@ class Judge:
             resets=resets,
             unseen=self._does_unseen(verdict),
         )
-        if kinds & _ELSEWHERE:
-            return self._elsewhere(decision)
+        if facts is not None and any(use.act in RETURNS_NAMED for use in facts.names):
+            return self._unseen(decision)
         spans = facts is None or facts.password_spans or facts.masked_literal_spans
         if decision.denial is None and not spans and not ambiguous and len(raw) <= DECISION_TEXT_MAX_BYTES:
             if len(self._by_verdict) >= DECISIONS_MAX:
@@ -308,6 +356,16 @@ class Judge:
             text, alike.verdict, shown, alike.part, alike.passes, None, alike.plan, alike.record_plan,
             alike.reached, alike.rows, alike.ddl, alike.steady, False, alike.resets, alike.unseen, alike.row_plans,
         )  # fmt: skip
+
+    def encoded(self, text: str) -> bytes | None:
+        """As the client would write it; None where nobody can tell."""
+        if text.isascii():
+            return text.encode()
+        codec = _CODECS.get(self.reading)
+        try:
+            return text.encode(codec) if codec is not None else None
+        except UnicodeEncodeError:
+            return None
 
     def _text(self, raw: bytes) -> str | None:
         """As the server will read it; None where nobody can tell."""
@@ -339,7 +397,7 @@ class Judge:
         return any(name not in builtin_functions() or name in self.catalog.own for name in called)
 
     def _elsewhere(self, decision: Decision) -> Decision:
-        """Rows of another statement: every column mask that may be in force on this connection is."""
+        """Rows of a statement that nobody saw: every column mask that may be in force on this connection is."""
         plans = [
             self.engine.column_masks(self.facts, self.database, self.user, observing=observing)
             for observing in (False, True)
@@ -351,6 +409,18 @@ class Judge:
             reached=decision.reached or plans[0].has_columns or plans[1].has_columns,
             row_plans={},
         )
+
+    def _unseen(self, base: Decision) -> Decision:
+        """FETCH and EXECUTE, as long as nobody says what they stand for (`standing`)."""
+        found = self._elsewhere(base)
+        found.base = base
+        if found.denial is None and found.plan is not None and found.plan.has_columns:
+            why = self.engine.refuses_reach(moved=CLEAN, probed=CLEAN, derived=ANYTHING, copies=False)
+            if why is not None:
+                rule = found.plan.rules[0]
+                found.denial, found.passes = ("42501", denial_message(rule, why), rule), False
+                found.part = msgspec.structs.replace(found.part, action="deny", rule=rule, reason=why)
+        return found
 
     def _reserved(self, verdict: Verdict, everything: bool) -> str | None:
         """Why a statement that sets settings is refused: the one that carries the identity is ours."""
@@ -474,8 +544,34 @@ def _useful(plan: MaskPlan | None) -> MaskPlan | None:
     return plan if plan is not None and (plan.has_columns or plan.has_detectors) else None
 
 
+def _as_strict(decision: Decision, inner: Sequence[Decision], doubtful: bool) -> Decision:
+    """`decision` made as strict as the strictest of `inner`, with the masks of all."""
+    if decision.denial is not None:
+        return decision
+    strictest = next(
+        (item for item in inner if item.denial is not None),
+        next((item for item in inner if not item.passes), None) if decision.passes else None,
+    )
+    masking = next((item for item in inner if item.plan is not None), None)
+    chosen = strictest or (masking if decision.passes else None)
+    return dataclasses.replace(
+        decision,
+        verdict=strictest.verdict if strictest is not None else decision.verdict,
+        part=chosen.part if chosen is not None else decision.part,
+        passes=decision.passes and strictest is None,
+        denial=strictest.denial if strictest is not None else None,
+        plan=_merged([decision.plan, *(item.plan for item in inner)]),
+        record_plan=_merged([decision.record_plan, *(item.record_plan for item in inner)]),
+        reached=doubtful or any(item.reached for item in inner),
+        steady=not doubtful and all(item.steady for item in inner),
+        unseen=doubtful or any(item.unseen for item in inner),
+        stands_for=tuple(inner),
+        row_plans={},
+    )
+
+
 def _merged(plans: Sequence[MaskPlan | None]) -> MaskPlan | None:
-    rows = [plan for plan in plans if plan]
+    rows = list({id(plan): plan for plan in plans if plan}.values())
     if len(rows) <= 1:
         return rows[0] if rows else None
     return masks.merge([plan for plan in rows if isinstance(plan, masks.Plan)])

@@ -6,14 +6,19 @@ A relation that the catalog does not know may hold anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from sidecar.model.verdict import Engine, MaskPlan
 from sidecar.policy import sql
 from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.reach import ANYTHING, CLEAN, MASKED, described, together
+from sidecar.policy.sql_names import RETURNS_NAMED
 from sidecar.policy.sql_vocabulary import TABLE_BY_NAME
 from sidecar.session.postgres_catalog import Catalog
 from sidecar.session.postgres_exchange import Decision
+
+_UNSEEN: Final = frozenset({"DO", "CALL", "INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE", "COPY", "LOAD"})
+"""Code of their own, or triggers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +41,17 @@ class CatalogRelations:
         return function in self.catalog.own
 
 
-def masked_columns(engine: Engine, catalog: Catalog, plan: MaskPlan, text: str, count: int) -> list[bool]:
+def masked_columns(
+    engine: Engine, catalog: Catalog, plan: MaskPlan, decision: Decision, count: int
+) -> list[bool]:
     """For each of a result's columns, whether its value may hold a masked one."""
-    reaches = described(sql.flows(text, CatalogRelations(catalog, plan)), count)
+    relations = CatalogRelations(catalog, plan)
+    flows = [
+        flow
+        for part in (decision, *decision.stands_for)
+        for flow in sql.flows(part.text, relations, executed=part.executed)
+    ]
+    reaches = described(flows, count)
     return [engine.masks_reach(reach) for reach in reaches]
 
 
@@ -59,6 +72,8 @@ def touches_masked(catalog: Catalog, plan: MaskPlan, decision: Decision) -> bool
     facts = decision.verdict.sql
     if decision.reached or facts is None:
         return True
+    if any(touches_masked(catalog, plan, part) for part in decision.stands_for):
+        return True
     for part in decision.verdict.objects:
         schema, _, name = part.name.rpartition(".")
         if part.access == "call":
@@ -69,4 +84,20 @@ def touches_masked(catalog: Catalog, plan: MaskPlan, decision: Decision) -> bool
     return "DO" in facts.statements or "CALL" in facts.statements
 
 
-__all__ = ["ANYTHING", "CatalogRelations", "masked_columns", "refusal"]
+def runs_unseen_code(catalog: Catalog, decision: Decision) -> bool:
+    """Whether the statement may run code that gives names of its own to statements and cursors: functions, triggers."""
+    facts = decision.verdict.sql
+    if facts is None or not _UNSEEN.isdisjoint(facts.statements) or facts.may_change_catalog:
+        return True
+    for part in decision.verdict.objects:
+        _, _, name = part.name.rpartition(".")
+        if part.access == "call" and (name not in builtin_functions() or name in catalog.own):
+            return True
+        if part.access == "read" and catalog.may_call(name):
+            return True
+    if any(use.act in RETURNS_NAMED for use in facts.names) and decision.reached:
+        return True
+    return any(runs_unseen_code(catalog, part) for part in decision.stands_for)
+
+
+__all__ = ["ANYTHING", "CatalogRelations", "masked_columns", "refusal", "runs_unseen_code", "touches_masked"]

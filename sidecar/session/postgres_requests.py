@@ -13,9 +13,6 @@ from sidecar.session.postgres_exchange import (
     Exchange,
     Portal,
     Prepared,
-    Version,
-    candidates,
-    own_name,
 )
 from sidecar.session.postgres_refusal import Refusals
 from sidecar.session.postgres_startup import SERVER
@@ -173,7 +170,7 @@ class Requests(Refusals):
     def _simple(self, data: bytes, offset: int, after: int) -> None:
         if data[after - 1] != 0:
             raise ProtocolError("a Query is not terminated")
-        decision = self._decide(data[offset + 5 : after - 1])
+        decision = self._resolved(self._decide(data[offset + 5 : after - 1]))
         record_id = self.context.ids.new(self._now)
         self._record(self.judge.request(decision, "query", None, record_id, self._now))
         if decision.passes:
@@ -190,6 +187,7 @@ class Requests(Refusals):
         exchange = self._expect("Q")
         exchange.record_id, exchange.decision = record_id, decision
         self._note(decision)
+        self._name(exchange, decision)
         return exchange
 
     def _note(self, decision: Decision) -> None:
@@ -198,22 +196,14 @@ class Requests(Refusals):
             self.judge.definitions_changed(decision)
         if decision.resets and self._assertion is not None:
             self._reassert = True
-        self._note_names(decision)
+        self._note_portals(decision)
 
-    def _note_names(self, decision: Decision) -> None:
-        """SQL can free a name that a message gave (DEALLOCATE, CLOSE, the end of a transaction), and give it to another statement:
-        what then stands under it is judged as a statement that nobody saw."""
+    def _note_portals(self, decision: Decision) -> None:
+        """The end of a transaction frees the names of portals, and code that nobody saw may give them to others: what then stands
+        under one is judged as a statement that nobody saw."""
         facts = decision.verdict.sql
         if facts is None:
             return
-        for given in facts.prepared:
-            if given.encode() in self._statements:
-                self._statements[given.encode()] = Prepared(None, confirmed=True)
-        if not self._portals:
-            return
-        for given in facts.cursors:
-            if given.encode() in self._portals:
-                self._portals[given.encode()] = Portal((Prepared(None),), None, confirmed=True)
         if decision.unseen:
             for name, portal in list(self._portals.items()):
                 if portal.in_doubt:
@@ -229,7 +219,7 @@ class Requests(Refusals):
         if stop < 0:
             raise ProtocolError("a Parse is not terminated")
         name, raw = data[body:end], data[end + 1 : stop]
-        decision = self._decide(raw)
+        decision = self._resolved(self._decide(raw))
         if decision.denial is not None:
             record_id = self.context.ids.new(self._now)
             self._record(self.judge.request(decision, "parse", None, record_id, self._now))
@@ -245,15 +235,11 @@ class Requests(Refusals):
         exchange = self._expect("P")
         exchange.name = name
         exchange.version = self._statements[name] = Prepared(
-            raw, self._segment, older=older, reading=self.judge.reading
+            raw, self._segment, older=older, reading=self.judge.reading, order=exchange.order
         )
 
-    def _named(self, table: dict[bytes, Version], name: bytes) -> list[Version]:
-        """What the server may have under a name; nothing that is known of a name which may be another's."""
-        return candidates(table.get(name), self._segment) if own_name(name) else []
-
     def _bind(self, bind: messages.Bind) -> None:
-        statements = self._named(self._statements, bind.statement)
+        statements = self._versions(self._statements, bind.statement)
         older = self._portals.get(bind.portal)
         if older is None and len(self._portals) >= PREPARED_MAX:
             raise LimitExceeded(f"{PREPARED_MAX} portals", limit="portals", value=PREPARED_MAX)
@@ -266,10 +252,10 @@ class Requests(Refusals):
     def _describe(self, statement: bool, name: bytes) -> None:
         exchange = self._expect("D")
         if statement:
-            found = self._named(self._statements, name)
+            found = self._versions(self._statements, name)
             exchange.prepared = found[0] if len(found) == 1 else None
         else:
-            portals = self._named(self._portals, name)
+            portals = self._versions(self._portals, name)
             if len(portals) == 1:
                 exchange.portal = portals[0]
                 portals[0].described = True
@@ -294,15 +280,15 @@ class Requests(Refusals):
         end = data.find(b"\0", offset + 5, after)
         if end < 0:
             raise ProtocolError("an Execute is not terminated")
-        portals = self._named(self._portals, data[offset + 5 : end])
+        portals = self._versions(self._portals, data[offset + 5 : end])
         if len(portals) == 1:
             portal = portals[0]
-            decision = self.judge.strictest(portal.statements)
+            decision = self.judge.strictest(portal.statements, self._resolved)
         else:
             # None: made in SQL (a cursor), or not there at all. Several: as strict as the strictest.
             statements = tuple(item for found in portals for item in found.statements) or (Prepared(None),)
             portal = Portal(statements, portals[0].bind if portals else None)
-            decision = self.judge.strictest(statements)
+            decision = self.judge.strictest(statements, self._resolved)
         parameters = portal.bind.parameters if portal.bind is not None else None
         record_id = self.context.ids.new(self._now)
         self._record(self.judge.request(decision, "execute", parameters, record_id, self._now))
@@ -340,6 +326,7 @@ class Requests(Refusals):
         exchange = self._expect("E")
         exchange.record_id, exchange.decision, exchange.portal = record_id, decision, portal
         self._note(decision)
+        self._name(exchange, decision)
         return exchange
 
     def _function_call(self, offset: int, after: int) -> None:

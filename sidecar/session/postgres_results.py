@@ -356,14 +356,26 @@ class Results(Rows):
             pending.popleft()
             self._finish(current)
         if status == b"I" and self._portals:
-            if not pending:
-                self._portals.clear()
-            else:
-                self._portals = {
-                    name: portal for name, portal in self._portals.items() if portal.order > order
-                }
+            self._end_portals(order if pending else None)
+
+    def _end_portals(self, order: int | None = None) -> None:
+        """With their transaction, but for those that last, and those that messages after `order` made."""
+        for name, portal in list(self._portals.items()):
+            if not (portal.lasting or (order is not None and portal.order > order)):
+                del self._portals[name]
+
+    def _confirm_names(self, exchange: Exchange) -> None:
+        """Names that SQL gave or took. Of several statements nobody can tell how far a failure let them come."""
+        if exchange.error is None:
+            for table, name, version in exchange.named:
+                confirm(table, name, version)
+        elif exchange.decision is not None and not exchange.decision.several:
+            for table, name, version in reversed(exchange.named):
+                discard(table, name, version)
 
     def _finish(self, exchange: Exchange) -> None:
+        if exchange.named:
+            self._confirm_names(exchange)
         if exchange.record_id:
             if exchange.row_plan is None and exchange.kind == "E" and exchange.error is None:
                 exchange.row_plan = self._row_plan_of_portal(

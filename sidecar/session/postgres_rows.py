@@ -92,7 +92,7 @@ class Rows(Opening):
             return None
         reached = [decision.reached] * len(columns)
         if not decision.reached and any(column.table_oid < FIRST_USER_OID for column in columns):
-            reached = masked_columns(self.judge.engine, self._catalog, plan, decision.text, len(columns))
+            reached = masked_columns(self.judge.engine, self._catalog, plan, decision, len(columns))
         found = [
             self._catalog.mask(plan, column, derived_reached=derived, trusted=trusted)
             for column, derived in zip(columns, reached, strict=True)

@@ -238,6 +238,16 @@ class SessionRelay:
         flow = self.waiting[hold_id]
         self._loop.call_soon_threadsafe(flow.drive, "hold_decided", hold_id, outcome, by, reason)
 
+    def change_engine(self, engine: Engine) -> None:
+        """The policy in force, in open flows too."""
+        self.engine = engine
+
+        async def change() -> None:
+            for flow in self.flows:
+                flow.drive("engine_changed", engine)
+
+        self._call(change())
+
     def wait_for(self, condition: Callable[[], object], timeout_s: float = 5.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
