@@ -9,6 +9,7 @@
     ├── IdentityError         a token was not accepted; carries a closed reason
     ├── AuditError            a record could not be stored, or a chain does not hold
     └── ControlError          the control socket refused or could not be reached
+        └── NotAllowedError   it knows who asks, and that takes somebody else        exit 3
 
 A message says what failed and on what; `hint` says what to do. Payloads, tokens and
 credentials never enter a message.
@@ -88,3 +89,9 @@ class AuditError(SidecarError):
 
 class ControlError(SidecarError):
     """The control socket refused the request or no agent answered."""
+
+
+class NotAllowedError(ControlError):
+    """The agent answered, and whoever asks may not have that: root or another person may. Says nothing of what was asked for."""
+
+    exit_code = 3

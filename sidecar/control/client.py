@@ -15,7 +15,7 @@ import msgspec
 
 from sidecar.control import protocol
 from sidecar.control.protocol import FlowRow, HoldView, Reply, Request, Status
-from sidecar.errors import ControlError
+from sidecar.errors import ControlError, NotAllowedError
 
 CONNECT_TIMEOUT_S: Final = 2.0
 ANSWER_TIMEOUT_S: Final = 15.0
@@ -132,7 +132,8 @@ class ControlClient:
             raise ControlError(f"the agent on {self.path} sent a reply of {size} bytes")
         reply = protocol.decode_reply(self._exactly(size))
         if reply.error is not None:
-            raise ControlError(reply.error, hint=reply.hint)
+            kind = NotAllowedError if reply.kind == "not_allowed" else ControlError
+            raise kind(reply.error, hint=reply.hint)
         return reply
 
     def _exactly(self, size: int) -> bytes:

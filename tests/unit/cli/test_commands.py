@@ -20,6 +20,7 @@ from sidecar.cli import COMMANDS, cli, main
 from sidecar.control import client
 from sidecar.kernel import cgroups, run_state
 from tests.support.control_agent import SmallAgent, run_directory, serving
+from tests.support.other_user import ROOT
 
 SIDECAR = Path(sys.executable).with_name("sidecar")
 HOLD = "01a20d76-926c-7df1-a666-e3f3814d2abe"
@@ -300,6 +301,33 @@ def test_without_root(arguments: tuple[str, ...], status: int, hint: str, tmp_pa
     )
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert done.stderr.splitlines()[-1] == "hint: " + hint.format(closed=tmp_path)
+
+
+LOOKING_IN = """
+import sys
+from pathlib import Path
+from sidecar.control import client
+found, directory = client.discover, Path(sys.argv[1])
+client.discover = lambda: found(directory)
+sys.argv[:] = ["sidecar", *sys.argv[2:]]
+from sidecar.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("command", ["status", "flows"])
+def test_who_may_not_look_is_told_so_and_not_that_something_is_wrong(
+    command: str, agent: SmallAgent, directory: Path
+) -> None:
+    """For monitoring, 1 of `status` means: not well."""
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--",
+         sys.executable, "-c", LOOKING_IN, directory, command],
+        capture_output=True, text=True, check=False, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == f"sidecar: {command} needs root or the group sidecar\nhint: run it with sudo\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="exec says first that it needs root")
