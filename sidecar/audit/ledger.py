@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgpack
 
 from sidecar.audit import hostkey
-from sidecar.audit.segment import append_whole, entries, entry_bytes, whole_entries
+from sidecar.audit.segment import append_durably, entries, entry_bytes, whole_entries
 from sidecar.errors import AuditError
 
 LEDGER_FILE: Final = "streams.ledger"
@@ -94,8 +94,7 @@ class Ledger:
             self._catch_up()
             body = Entry(self._head, what, stream, segment, seq, head, receipt, time.time_ns()).encode()
             data = entry_bytes(body, signature := self._key.sign(body))
-            append_whole(self._fd, data)
-            os.fdatasync(self._fd)
+            append_durably(self._fd, data)
             self._offset += len(data)
             self._head = _after(signature, body)
         finally:

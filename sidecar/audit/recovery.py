@@ -140,7 +140,8 @@ def _open(path: Path, name: str, key: hostkey.HostKey) -> tuple[SegmentHeader, S
     descriptor = os.open(signatures, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if torn:
         os.ftruncate(descriptor, whole)
-    return header, Segment(header.segment, path, -1, reader, descriptor, offset), signed, torn
+    segment = Segment(header.segment, path, -1, reader, descriptor, offset, doubtful=True)
+    return header, segment, signed, torn
 
 
 def _skip_signed(stream: OpenStream, segment: Segment, signed: list[Header]) -> None:

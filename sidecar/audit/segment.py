@@ -166,6 +166,17 @@ def append_whole(descriptor: int, data: bytes) -> None:
         raise AuditError("the spool is full", hint="free space in audit.directory")
 
 
+def append_durably(descriptor: int, data: bytes) -> None:
+    """As `append_whole`, and on disk. What a failed sync leaves in doubt is taken out again: it is written anew."""
+    size = os.fstat(descriptor).st_size
+    append_whole(descriptor, data)
+    try:
+        os.fdatasync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
 # -- names
 
 

@@ -33,6 +33,8 @@ MEASURE_SHARE: Final = 20
 """The directory is measured at most a twentieth of the time, however many files it holds."""
 MAX_WAITING_GAPS: Final = 1_000
 GAP_LABEL: Final = "supervisor-gaps"
+DISK_FAILED: Final = "disk_failed"
+"""Reason of an `agent` record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ class Spool:
         assert stream.ending is not None
         torn = stream.end(stream.ending)
         del self._streams[stream.name]
+        self._note_disk(stream)
         lock_path(self.directory, stream.name).unlink(missing_ok=True)
         stream.close_files()
         if stream.broken:
@@ -194,12 +197,13 @@ class Spool:
                     self._finish(stream)
                 else:
                     stream.advance()
-            except (OSError, AuditError) as error:
-                failure = (
-                    f"{self.directory}: {error.strerror if isinstance(error, OSError) else error.message}"
-                )
+            except OSError as error:
+                failure = f"{self.directory}: {error.strerror}; what was recorded last is not on disk yet"
+            except AuditError as error:
+                failure = f"{self.directory}: {error.message}"
             else:
                 failure = failure or stream.broken or None
+                self._note_disk(stream)
         self._write_gaps()
         if time.monotonic() >= self._measure_at:
             failure = self._maintain() or failure
@@ -235,6 +239,7 @@ class Spool:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 os.write(descriptor, b"\0" * 4096)
+                os.fdatasync(descriptor)
             finally:
                 os.close(descriptor)
                 os.unlink(path)
@@ -262,10 +267,24 @@ class Spool:
     # -- gaps
 
     def _note_gap(self, reason: GapReason, detail: str) -> None:
+        self._note("gap", reason.value, detail)
+
+    def _note_disk(self, stream: OpenStream) -> None:
+        """Nothing is lost, but whoever reads the records should know what they went through."""
+        if stream.sync_failures and not stream.broken:
+            self._note(
+                "agent",
+                DISK_FAILED,
+                f"the disk did not take what stream {stream.name} holds up to record {stream.seq - 1}, "
+                f"{stream.sync_failures} times in a row; it was written again and is there now",
+            )
+        stream.sync_failures = 0
+
+    def _note(self, kind: str, reason: str, detail: str) -> None:
         now_ns = time.time_ns()
         if len(self._gaps) < MAX_WAITING_GAPS:
             self._gaps.append(
-                Record(id=self._ids.new(now_ns), ts_ns=now_ns, kind="gap", reason=reason.value, detail=detail)
+                Record(id=self._ids.new(now_ns), ts_ns=now_ns, kind=kind, reason=reason, detail=detail)
             )
 
     def _write_gaps(self) -> None:

@@ -1,6 +1,8 @@
 """One stream as its supervisor holds it: its segments and signature files, up to where they are on disk, verified and signed.
 
-The worker chains; here the chain is computed again from the bytes in the file, so that nothing is signed that does not hold.
+The worker chains; here the chain is computed again from the bytes in the file, so that nothing is signed that does not hold, and only
+what the disk has taken. After a failed fdatasync(2) the kernel takes the pages for clean, and the next call succeeds although they never
+reached the disk: what is not signed yet is then written again, and counts only once that has been synced.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from sidecar.audit.segment import (
     FRAME,
     MAX_RECORD_BYTES,
     SegmentHeader,
+    append_durably,
     append_whole,
     entry_bytes,
     header_bytes,
@@ -38,7 +41,8 @@ MAX_MARKS: Final = 4096
 
 @dataclass(slots=True)
 class Segment:
-    """`offset`: up to where it is verified and signed. `fd` is the writer's end, -1 where there is none any more."""
+    """`offset`: up to where it is on disk, verified and signed. `fd` is the writer's end, -1 where there is none any more.
+    `doubtful`: a sync has failed, or may have failed unseen: what follows `offset` has to be written again."""
 
     number: int
     path: Path
@@ -46,6 +50,7 @@ class Segment:
     reader: int
     signatures: int
     offset: int
+    doubtful: bool = False
 
     def close(self) -> None:
         for descriptor in (self.fd, self.reader, self.signatures):
@@ -81,6 +86,8 @@ class OpenStream:
         self.broken = ""
         """Why nothing more of it is signed: it holds what its worker must not write."""
         self.ending: str | None = None
+        self.sync_failures = 0
+        """How often the disk did not take what was to be synced."""
         self._key = key
         self._marks: list[Mark] = []
 
@@ -124,7 +131,7 @@ class OpenStream:
         upto = self._synced()
         while not self.broken:
             segment = self.segments[0]
-            if upto > segment.offset and self._sign_next(segment):
+            if upto > segment.offset and self._sign_next(segment, upto):
                 continue
             if len(self.segments) == 1 or self.broken:
                 return
@@ -132,7 +139,7 @@ class OpenStream:
             if os.fstat(following.reader).st_size <= following.offset:
                 return
             upto = self._synced()  # written between the look at its size and the writer's change to the next
-            if upto > segment.offset and self._sign_next(segment):
+            if upto > segment.offset and self._sign_next(segment, upto):
                 continue
             segment.close()
             self.segments.pop(0)
@@ -143,24 +150,49 @@ class OpenStream:
         segment = self.segments[0]
         size = os.fstat(segment.reader).st_size
         if size > segment.offset:
-            os.fdatasync(segment.reader)
+            if segment.doubtful:
+                self._write_again(segment, size)
+            try:
+                os.fdatasync(segment.reader)
+            except OSError:
+                segment.doubtful = True
+                self.sync_failures += 1
+                raise
         return size
 
-    def _sign_next(self, segment: Segment) -> bool:
-        """Verify and sign the next whole frames. False where there are none."""
-        written = os.fstat(segment.reader).st_size - segment.offset
-        data = _read(segment, min(READ_BYTES, max(written, 0)))
+    def _write_again(self, segment: Segment, size: int) -> None:
+        """What is not signed, as it is read: dirty again, it goes to the disk with the next sync. Where it cannot be read as it was
+        written, it does not follow the chain, and is not signed."""
+        descriptor = os.open(segment.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            position = segment.offset
+            while position < size:
+                data = os.pread(segment.reader, min(READ_BYTES, size - position), position)
+                if not data:
+                    break
+                position += os.pwrite(descriptor, data, position)
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+        segment.doubtful = False
+
+    def _sign_next(self, segment: Segment, upto: int) -> bool:
+        """Verify and sign the next whole frames before `upto`. False where there are none."""
+        left = upto - segment.offset
+        data = _read(segment, min(READ_BYTES, left))
         if len(data) >= FRAME.size:
             length = FRAME.unpack_from(data)[0]
             if length > MAX_RECORD_BYTES:
                 self.broken = f"record {self.seq} of stream {self.name} has an impossible length"
                 return False
-            if FRAME.size + length > len(data):
+            if len(data) < FRAME.size + length <= left:
                 data = _read(segment, FRAME.size + length)
         head, count, consumed, holds = check_frames(data, self.head)
         seq = self.seq + count
         if not holds:
             self.broken = f"record {seq} of stream {self.name} does not follow the chain"
+            if self.sync_failures:
+                self.broken += "; the disk had failed to take records"
         if not consumed:
             return False
         self._sign(segment, seq, head, "")
@@ -170,12 +202,15 @@ class OpenStream:
         return True
 
     def _sign(self, segment: Segment, seq: int, head: bytes, end: str) -> None:
-        """Records from `self.seq` up to before `seq`; on disk when it returns."""
+        """Records from `self.seq` up to before `seq`; on disk when it returns, and not in the file where it raises."""
         header = Header(
             self.host, self.name, self.boot, self.seq, seq - 1, self.head, head, time.time_ns(), end
         ).encode()
-        append_whole(segment.signatures, entry_bytes(header, self._key.sign(header)))
-        os.fdatasync(segment.signatures)
+        try:
+            append_durably(segment.signatures, entry_bytes(header, self._key.sign(header)))
+        except OSError:
+            self.sync_failures += 1
+            raise
 
     def _remember(self, mark: Mark) -> None:
         self._marks.append(mark)
