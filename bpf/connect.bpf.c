@@ -4,12 +4,18 @@
 /* A socket that was steered before and now dials what is none of our business:
  * its earlier connection is over (the hook runs on unconnected sockets only),
  * and the guard would hold it to the listener for ever. */
-static __always_inline int sidecar_release(struct bpf_sock_addr *ctx)
+static __always_inline int sidecar_release(struct bpf_sock_addr *ctx, struct sidecar_config *cfg)
 {
+    struct sidecar_origin *kept;
     u32 none = 0;
 
-    if (ctx->sk && steered.sk_storage_get(ctx->sk, 0, 0)) {
-        if (bpf_setsockopt(ctx, SIDECAR_SOL_SOCKET, SIDECAR_SO_MARK, &none, sizeof(none)))
+    if (!ctx->sk)
+        return 1;
+    kept = steered.sk_storage_get(ctx->sk, 0, 0);
+    if (kept) {
+        /* A mark in a container's namespace is none of ours. */
+        if (kept->netns_cookie == cfg->netns_cookie &&
+            bpf_setsockopt(ctx, SIDECAR_SOL_SOCKET, SIDECAR_SO_MARK, &none, sizeof(none)))
             return 0;
         steered.sk_storage_delete(ctx->sk);
     }
@@ -25,6 +31,31 @@ static __always_inline u32 sidecar_own4(struct bpf_sock_addr *ctx)
     return own ? own : bpf_htonl(0x7f000001);
 }
 
+static __always_inline int sidecar_is_loopback(struct sidecar_address *address)
+{
+    u64 head;
+    u32 middle, tail;
+
+    if (address->bytes[10] == 0xff && address->bytes[11] == 0xff && !address->bytes[0])
+        return address->bytes[12] == 127;
+    __builtin_memcpy(&head, address->bytes, 8);
+    __builtin_memcpy(&middle, address->bytes + 8, 4);
+    __builtin_memcpy(&tail, address->bytes + 12, 4);
+    return !head && !middle && tail == bpf_htonl(1);
+}
+
+static __always_inline int sidecar_keep(struct bpf_sock_addr *ctx, struct sidecar_origin *origin)
+{
+    struct sidecar_origin *kept = steered.sk_storage_get(ctx->sk, origin, BPF_SK_STORAGE_GET_F_CREATE);
+
+    if (!kept) {
+        sidecar_tell(SIDECAR_EVENT_MAP_FULL, 1, origin);
+        return 0;
+    }
+    *kept = *origin; /* a socket that connects again dials anew */
+    return 1;
+}
+
 static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sidecar_origin *origin)
 {
     struct sidecar_config *cfg = sidecar_config();
@@ -33,14 +64,13 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
     u32 port = origin->original.port;
     u32 mark;
     char nothing[4] = {};
-    struct sidecar_origin *kept;
 
     if (!cfg)
         return 1;
     if (ctx->type != SIDECAR_SOCK_STREAM)
         return 1;
     if (!ports.lookup(&port) || sidecar_excluded(&origin->original) || sidecar_not_ours(cfg->instance))
-        return sidecar_release(ctx);
+        return sidecar_release(ctx, cfg);
 
     sidecar_who(origin);
     origin->cookie = bpf_get_socket_cookie(ctx);
@@ -53,15 +83,17 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
             sidecar_tell(SIDECAR_EVENT_NETNS_REFUSED, 1, origin);
             return 0;
         }
-        sidecar_tell(SIDECAR_EVENT_NETNS_RECORDED, 0, origin);
-        return 1;
+        if (!(cfg->flags & SIDECAR_STEER_CONTAINERS) || sidecar_is_loopback(&origin->original)) {
+            sidecar_tell(SIDECAR_EVENT_NETNS_RECORDED, 0, origin);
+            return 1;
+        }
     }
 
     beat = heartbeat.lookup(&zero);
     if (!beat || origin->ktime_ns > *beat + cfg->heartbeat_timeout_ns) {
         if (cfg->flags & SIDECAR_FAIL_OPEN) {
             sidecar_tell(SIDECAR_EVENT_FAIL_OPEN, 0, origin);
-            return sidecar_release(ctx);
+            return sidecar_release(ctx, cfg);
         }
         sidecar_tell(SIDECAR_EVENT_STALE, 1, origin);
         return 0;
@@ -71,6 +103,10 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
         sidecar_tell(SIDECAR_EVENT_MARK, 1, origin);
         return 0;
     }
+    if (origin->netns_cookie != cfg->netns_cookie)
+        /* A container: steered where its packets enter the host (nftables, by
+         * bridge). Here it is only noted who dialled. */
+        return sidecar_keep(ctx, origin);
     if (origin->original.family == SIDECAR_AF_INET6 && origin->original.bytes[0] == 0xfe &&
         (origin->original.bytes[1] & 0xc0) == 0x80) {
         /* Scoped: the kernel binds the socket to a device after this hook, and a
@@ -87,13 +123,7 @@ static __always_inline int sidecar_connect(struct bpf_sock_addr *ctx, struct sid
         sidecar_tell(SIDECAR_EVENT_MARK, 1, origin);
         return 0;
     }
-    kept = steered.sk_storage_get(ctx->sk, origin, BPF_SK_STORAGE_GET_F_CREATE);
-    if (!kept) {
-        sidecar_tell(SIDECAR_EVENT_MAP_FULL, 1, origin);
-        return 0;
-    }
-    *kept = *origin; /* a socket that connects again dials anew */
-    return 1;
+    return sidecar_keep(ctx, origin);
 }
 
 int sidecar_connect4(struct bpf_sock_addr *ctx)

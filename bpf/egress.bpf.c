@@ -1,7 +1,8 @@
 /* cgroup_skb/egress: the guard. A packet of a steered socket leaves only
  * towards our listener, whatever became of the mark, the table or the order of
  * foreign rules; and the first one says, after NAT, whose connection the
- * listener is about to see. Also refuses QUIC on connected UDP sockets, where
+ * listener is about to see. In a container's namespace there is no guard, only
+ * that note. Also refuses QUIC on connected UDP sockets, where
  * connect() must not be refused (getaddrinfo connects to sort). Returns 1 to
  * pass, 0 to drop. */
 
@@ -101,10 +102,13 @@ int sidecar_egress(struct __sk_buff *skb)
         return 0;
     }
 
-    if (proto != SIDECAR_IPPROTO_TCP || !sidecar_is_listener(&key, cfg->listen_port)) {
+    if (origin->netns_cookie == cfg->netns_cookie &&
+        (proto != SIDECAR_IPPROTO_TCP || !sidecar_is_listener(&key, cfg->listen_port))) {
         sidecar_tell(SIDECAR_EVENT_GUARD, 1, origin);
         return 0;
     }
+    if (proto != SIDECAR_IPPROTO_TCP)
+        return 1;
     if (bpf_skb_load_bytes(skb, offset + 13, &flags, 1))
         return 0;
     if ((flags & 0x12) == 0x02) { /* SYN without ACK */

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("sidecar")
 
 POLICY_POLL_S: Final = 0.5
+ENGINES_S: Final = 2.0
+"""What a container engine's list of networks is waited for at the start."""
 MAX_WORKERS: Final = 4
 WORKER_USER: Final = "sidecar"
 NOBODY: Final = 65534
@@ -133,11 +135,15 @@ class Agent:
             self.job_cgroup = job
         await self.recording.open(f"{self.mode}, policy {self.policy.policy.revision}")
         count = 1 if self.mode == "exec" else min(MAX_WORKERS, os.cpu_count() or 1)
-        self._listeners = open_listeners(count)
+        steers_containers = self.mode == "run" and config.steering.containers
+        self._listeners = open_listeners(count, everywhere=steers_containers)
         self.pool = WorkerPool(self, self._listeners.by_worker, *worker_identity())
         self.signer = AssertionSigner(self.recording.host_key.private_key, self.host)
         self.identity = IdentityService(config.identity)
+        self._watch_containers()
         await self.pool.start()
+        if self.engines is not None:
+            await asyncio.to_thread(self.engines.wait, ENGINES_S)
         self.watch = SteeringWatch(
             SteeringPlan(
                 instance=self.instance,
@@ -148,13 +154,15 @@ class Agent:
                 exclude=tuple(config.steering.exclude),
                 listen_port=self._listeners.port,
                 on_failure=config.steering.on_failure,
-                foreign_netns="refuse" if self.mode == "exec" else "record",
+                foreign_netns=(
+                    "refuse" if self.mode == "exec" else "steer" if steers_containers else "record"
+                ),
                 heartbeat_timeout_s=limits.HEARTBEAT_TIMEOUT_S,
+                bridges=self.engines.bridges if self.engines else frozenset(),
             ),
             heard=self.pool.heard,
             gap=self.recording.gap,
         )
-        self._watch_containers()
         self.resolver = FlowResolver(
             config, self.watch.steering, Resolver(self.engines), self.identity, self.names
         )
@@ -164,6 +172,7 @@ class Agent:
         except TimeoutError:
             log.warning("names of targets and rules do not resolve yet; trying again every %.0f s", REFRESH_S)
         await self.watch.start()
+        self._networks_changed()  # meanwhile, perhaps
         self._control = ControlServer(
             socket_path(self.instance), AgentControl(self), on_refusal=self.recording.control_refused
         )
@@ -184,8 +193,13 @@ class Agent:
         if self.mode == "run" or any(Path(address.removeprefix("unix://")).exists() for address in addresses):
             from sidecar.attribution.docker_engine import ContainerEngines
 
-            self.engines = ContainerEngines(addresses)
+            self.engines = ContainerEngines(addresses, self._networks_changed)
             self.engines.start()
+
+    def _networks_changed(self) -> None:
+        """Also called in a thread of an engine's watcher."""
+        if self.watch is not None and self.engines is not None:
+            self.watch.cover_bridges(self.engines.bridges)
 
     async def _begin(self) -> None:
         """Say who we are, before anything is made."""

@@ -79,6 +79,19 @@ class SteeringWatch:
             self.refused += 1 if event.refused else 0
             self._gap(GapReason(event.reason), event.detail, event=event)
 
+    def cover_bridges(self, bridges: frozenset[str]) -> None:
+        """Container networks have come or gone. Returns at once; from any thread."""
+        try:
+            self._thread.submit(self._cover_bridges, bridges)
+        except RuntimeError:  # closed meanwhile
+            return
+
+    def _cover_bridges(self, bridges: frozenset[str]) -> None:
+        try:
+            self.steering.cover_bridges(bridges)
+        except (SidecarError, OSError) as error:
+            log.error("container networks cannot be steered: %s", error)
+
     async def close(self) -> None:
         """Steer nothing any more. Also after a failed `start`."""
         try:

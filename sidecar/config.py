@@ -148,10 +148,10 @@ class Config(msgspec.Struct, frozen=True):
     def limitations(self) -> tuple[str, ...]:
         """What is not covered, for `status` and `doctor`."""
         found = ["TLS is relayed and recorded as uninspected: this version does not decrypt"]
-        if self.steering.containers:
+        if not self.steering.containers:
             found.append(
-                "bridge-networked containers are not steered in this version: their connections are recorded "
-                "as gaps (run) or refused (exec)"
+                "steering.containers is false: connections of bridge-networked containers are recorded as gaps "
+                "(run) or refused (exec)"
             )
         if self.steering.on_failure == "open":
             found.append(

@@ -10,6 +10,7 @@
 #define SIDECAR_FAIL_OPEN 1u
 #define SIDECAR_REFUSE_FOREIGN_NETNS 2u
 #define SIDECAR_REFUSE_QUIC 4u
+#define SIDECAR_STEER_CONTAINERS 8u
 
 /* owner.role */
 #define SIDECAR_ROLE_INSPECTOR 1u
@@ -64,7 +65,8 @@ struct sidecar_origin {
     struct sidecar_address original;
 };
 
-/* A TCP connection as it leaves the host's stack, after NAT. */
+/* A TCP connection as it leaves the stack of its network namespace, after NAT
+ * there: the host's names our listener, a container's what it dialled. */
 struct sidecar_flow_key {
     u8 source[16];
     u8 destination[16];

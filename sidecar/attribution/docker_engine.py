@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -38,9 +39,12 @@ RETRY_S: Final = 2.0
 """Between attempts to reach an engine."""
 MISS_S: Final = 5.0
 """How long an engine's "no such container" is believed."""
+BRIDGE_NAME: Final = "com.docker.network.bridge.name"
 MAX_KNOWN: Final = 8192
 MAX_LABELS: Final = 256
 MAX_TEXT_CHARS: Final = 256
+
+_INTERFACE: Final = re.compile(r"[^\s/:]{1,15}")
 
 _Broken = (docker.errors.DockerException, requests.exceptions.RequestException, OSError, ValueError)
 
@@ -48,9 +52,20 @@ _Broken = (docker.errors.DockerException, requests.exceptions.RequestException, 
 class ContainerEngine:
     """One engine behind a unix socket. Thread-safe. `start` once; `stop` ends the watching."""
 
-    def __init__(self, address: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`address`: `unix:///run/docker.sock`."""
+    def __init__(
+        self,
+        address: str,
+        on_networks: Callable[[], None] = lambda: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`address`: `unix:///run/docker.sock`. `on_networks` is called, in a thread of ours, when `bridges` may have changed."""
         self.address = address
+        self.bridges: frozenset[str] = frozenset()
+        """Interfaces of the host that its bridge networks come in by."""
+        self.listed = threading.Event()
+        """Set once `bridges` and what runs are known."""
+        self._on_networks = on_networks
         self.error = "not reached yet"
         """Why it cannot be asked; empty while it can."""
         self._socket = Path(address.removeprefix("unix://"))
@@ -189,20 +204,38 @@ class ContainerEngine:
         client = self._client()
         try:
             since = int(time.time()) - 1
+            self._list_networks(client)
+            self.listed.set()
             for listed in client.containers():
                 self._seen(client, _text(listed.get("Id")))
             self.error = ""
             self._watched = client.events(
-                since=since, decode=True, filters={"type": "container", "event": ["start", "rename"]}
+                since=since,
+                decode=True,
+                filters={"type": ["container", "network"], "event": ["start", "rename", "create", "destroy"]},
             )
             for event in self._watched:
                 actor = _mapping(event.get("Actor"))
+                if event.get("Type") == "network":
+                    self._list_networks(client)
+                    continue
                 if event.get("Action") == "start":
                     self._first_word(_text(actor.get("ID")), _mapping(actor.get("Attributes")))
                 self._seen(client, _text(actor.get("ID")))
         finally:
             self._watched = None
             client.close()
+
+    def _list_networks(self, client: docker.APIClient) -> None:
+        found = set()
+        for network in client.networks(filters={"driver": ["bridge"]}):
+            options = _mapping(network.get("Options"))
+            name = _text(options.get(BRIDGE_NAME)) or "br-" + _text(network.get("Id"))[:12]
+            if _INTERFACE.fullmatch(name):
+                found.add(name)
+        if found != self.bridges:
+            self.bridges = frozenset(found)
+            self._on_networks()
 
     def _first_word(self, identifier: str, attributes: Mapping[str, object]) -> None:
         """What the event itself says: the container may be gone before it can be inspected."""
@@ -232,8 +265,21 @@ class ContainerEngine:
 class ContainerEngines:
     """All engines of the host."""
 
-    def __init__(self, addresses: tuple[str, ...]) -> None:
-        self._engines = tuple(ContainerEngine(address) for address in addresses)
+    def __init__(self, addresses: tuple[str, ...], on_networks: Callable[[], None] = lambda: None) -> None:
+        """`on_networks` is called, in a thread of ours, when `bridges` may have changed."""
+        self._engines = tuple(ContainerEngine(address, on_networks) for address in addresses)
+
+    @property
+    def bridges(self) -> frozenset[str]:
+        """Interfaces of the host that containers' packets come in by."""
+        return frozenset().union(*(engine.bridges for engine in self._engines))
+
+    def wait(self, seconds: float) -> None:
+        """Until every engine that is there has said what its networks are."""
+        deadline = time.monotonic() + seconds
+        for engine in self._engines:
+            if engine.is_there:
+                engine.listed.wait(max(0.0, deadline - time.monotonic()))
 
     def start(self) -> None:
         for engine in self._engines:

@@ -12,6 +12,7 @@ from sidecar.model.reasons import GapReason
 FAIL_OPEN: Final = 1
 REFUSE_FOREIGN_NETNS: Final = 2
 REFUSE_QUIC: Final = 4
+STEER_CONTAINERS: Final = 8
 
 ROLE_INSPECTOR: Final = 1
 ROLE_EXCLUSIVE: Final = 2
@@ -35,6 +36,7 @@ EVENTS: Final[dict[int, tuple[GapReason, str]]] = {
     11: (GapReason.REFUSED_BY_KERNEL, "refused: somebody tried to bind the inspector's port"),
 }
 """event.reason → gap reason and sentence."""
+UNCLAIMED: Final = "not inspected: the connection left its network namespace by another way than a container bridge of this host"
 
 
 class Config(ctypes.Structure):

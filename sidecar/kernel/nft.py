@@ -12,10 +12,19 @@ because the batch's acknowledgements are not read (pyroute2 0.9.7): order, opera
                         tcp dport P ct status dnat accept
                         tcp dport P reject with tcp reset }
     }
+
+With container networks (`bridges`), for what comes from them, minus what is excluded, and each covered port:
+
+        chain arrive  { type nat hook prerouting priority -110;
+                        iifname B tcp dport D redirect to :P }
+        chain pass    { type filter hook forward priority -110;
+                        ct state established,related accept
+                        iifname B tcp dport D reject with tcp reset }
 """
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import struct
 from collections.abc import Iterable
@@ -38,12 +47,20 @@ TCP: Final = 6
 
 # linux/netfilter/nf_tables.h; pyroute2 wants the numbers
 META_MARK: Final = 3
+META_IIFNAME: Final = 6
+META_NFPROTO: Final = 15
 META_L4PROTO: Final = 16
+NETWORK_HEADER: Final = 1
 TRANSPORT_HEADER: Final = 2
+CT_STATE: Final = 0
 CT_STATUS: Final = 2
+CT_ESTABLISHED_OR_RELATED: Final = (1 << 1) | (1 << 2)
+NFPROTO_IPV4: Final = 2
+NFPROTO_IPV6: Final = 10
+IFNAMSIZ: Final = 16
 REJECT_TCP_RST: Final = 1
 NF_ACCEPT: Final = 1
-HOOK_NUMBERS: Final = {"input": 1, "output": 3}
+HOOK_NUMBERS: Final = {"prerouting": 0, "input": 1, "forward": 2, "output": 3}
 
 NETLINK_NETFILTER: Final = 12
 NFT_MSG_NEWGEN: Final = (10 << 8) | 15  # NFNL_SUBSYS_NFTABLES
@@ -59,6 +76,15 @@ class ChainPlan:
     kind: str
     priority: int
     rules: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRules:
+    """What of forwarded traffic is steered: TCP to `ports` that comes in by `bridges` (names of interfaces), but not to `exclude`."""
+
+    bridges: frozenset[str]
+    ports: tuple[int, ...]
+    exclude: tuple[str, ...]
 
 
 def table_name(instance: str) -> str:
@@ -80,42 +106,95 @@ def _verdict(code: int) -> Any:
     )
 
 
-def table_plan(mark: int, port: int) -> tuple[ChainPlan, ...]:
-    """What our table holds, as expressions."""
-    port_be16 = struct.pack("!H", port)
-    is_tcp = (_load_meta(META_L4PROTO), _equals(bytes([TCP])))
-    to_listener = (
-        *is_tcp,
-        genex("payload", {"dreg": 1, "base": TRANSPORT_HEADER, "offset": 2, "len": 2}),
-        _equals(port_be16),
+def _any_bit(mask: bytes) -> tuple[Any, ...]:
+    """Register 1 has one of these bits."""
+    return (_masked(mask), _equals(bytes(len(mask)), op=1))
+
+
+def _masked(mask: bytes) -> Any:
+    return genex(
+        "bitwise",
+        {
+            "sreg": 1,
+            "dreg": 1,
+            "len": len(mask),
+            "mask": {"attrs": [("NFTA_DATA_VALUE", mask)]},
+            "xor": {"attrs": [("NFTA_DATA_VALUE", bytes(len(mask)))]},
+        },
     )
-    redirect = (
-        *is_tcp,
-        _load_meta(META_MARK),
-        _equals(struct.pack("=I", mark)),
+
+
+def _to_port(port: int) -> tuple[Any, ...]:
+    return (
+        _load_meta(META_L4PROTO),
+        _equals(bytes([TCP])),
+        genex("payload", {"dreg": 1, "base": TRANSPORT_HEADER, "offset": 2, "len": 2}),
+        _equals(struct.pack("!H", port)),
+    )
+
+
+def _redirect(port: int) -> tuple[Any, ...]:
+    port_be16 = struct.pack("!H", port)
+    return (
         genex("immediate", {"dreg": 1, "data": {"attrs": [("NFTA_DATA_VALUE", port_be16)]}}),
         genex("redir", {"reg_proto_min": 1}),
     )
+
+
+def table_plan(mark: int, port: int, containers: ContainerRules | None = None) -> tuple[ChainPlan, ...]:
+    """What our table holds, as expressions."""
+    redirect = (
+        _load_meta(META_L4PROTO),
+        _equals(bytes([TCP])),
+        _load_meta(META_MARK),
+        _equals(struct.pack("=I", mark)),
+        *_redirect(port),
+    )
     accept = (
-        *to_listener,
+        *_to_port(port),
         genex("ct", {"key": CT_STATUS, "dreg": 1}),
-        genex(
-            "bitwise",
-            {
-                "sreg": 1,
-                "dreg": 1,
-                "len": 4,
-                "mask": {"attrs": [("NFTA_DATA_VALUE", struct.pack("=I", IPS_DST_NAT))]},
-                "xor": {"attrs": [("NFTA_DATA_VALUE", b"\0\0\0\0")]},
-            },
-        ),
-        _equals(b"\0\0\0\0", op=1),
+        *_any_bit(struct.pack("=I", IPS_DST_NAT)),
         _verdict(NF_ACCEPT),
     )
-    reject = (*to_listener, genex("reject", {"type": REJECT_TCP_RST, "icmp_code": 0}))
-    return (
+    reset = genex("reject", {"type": REJECT_TCP_RST, "icmp_code": 0})
+    plan = (
         ChainPlan("steer", "output", "nat", PRIORITY, (redirect,)),
-        ChainPlan("protect", "input", "filter", PRIORITY, (accept, reject)),
+        ChainPlan("protect", "input", "filter", PRIORITY, (accept, (*_to_port(port), reset))),
+    )
+    if containers is None or not containers.bridges:
+        return plan
+    left_alone = tuple((*_within(network), _verdict(NF_ACCEPT)) for network in containers.exclude)
+    covered = [
+        (_load_meta(META_IIFNAME), _equals(bridge.encode().ljust(IFNAMSIZ, b"\0")), *_to_port(number))
+        for bridge in sorted(containers.bridges)
+        for number in containers.ports
+    ]
+    known = (
+        genex("ct", {"key": CT_STATE, "dreg": 1}),
+        *_any_bit(struct.pack("=I", CT_ESTABLISHED_OR_RELATED)),
+        _verdict(NF_ACCEPT),
+    )
+    arrive = (*left_alone, *((*match, *_redirect(port)) for match in covered))
+    onward = (known, *left_alone, *((*match, reset) for match in covered))
+    return (
+        *plan,
+        ChainPlan("arrive", "prerouting", "nat", PRIORITY, arrive),
+        ChainPlan("pass", "forward", "filter", PRIORITY, onward),
+    )
+
+
+def _within(network: str) -> tuple[Any, ...]:
+    """The destination is in this network."""
+    found = ipaddress.ip_network(network, strict=False)
+    family, offset = (NFPROTO_IPV4, 16) if found.version == 4 else (NFPROTO_IPV6, 24)
+    return (
+        _load_meta(META_NFPROTO),
+        _equals(bytes([family])),
+        genex(
+            "payload", {"dreg": 1, "base": NETWORK_HEADER, "offset": offset, "len": len(found.netmask.packed)}
+        ),
+        _masked(found.netmask.packed),
+        _equals(found.network_address.packed),
     )
 
 
@@ -170,11 +249,17 @@ def generation() -> int:
 class Table:
     """Our table in the current network namespace. Not thread-safe."""
 
-    def __init__(self, instance: str, mark: int, port: int) -> None:
+    def __init__(self, instance: str, mark: int, port: int, containers: ContainerRules | None = None) -> None:
         self.name = table_name(instance)
-        self._plan = table_plan(mark, port)
+        self._mark = mark
+        self._port = port
+        self._plan = table_plan(mark, port, containers)
         self._seen: dict[str, tuple[Any, ...]] = {}
         self._generation = -1
+
+    def cover(self, containers: ContainerRules) -> None:
+        """From the next `apply` on, steer these networks."""
+        self._plan = table_plan(self._mark, self._port, containers)
 
     def apply(self) -> None:
         """Write the table anew, in one transaction, and read it back. Raises SteeringError where the kernel holds

@@ -31,7 +31,10 @@ MARK_BASE: Final = 0x51DE0000
 
 FLOW_MAX_AGE_S: Final = 60.0
 """A connection that the listener has not asked about by then is forgotten: it is refused when it comes."""
-FLOW_SWEEP_S: Final = 10.0
+CONTAINER_FLOW_MAX_AGE_S: Final = 5.0
+"""A container's connection that has not come by then went another way (to a neighbour on its bridge, or by a network that is no bridge
+of ours): it is recorded as not inspected."""
+FLOW_SWEEP_S: Final = 2.0
 
 SO_NETNS_COOKIE: Final = 71
 
@@ -60,7 +63,10 @@ class SteeringPlan:
     listen_port: int
     on_failure: str
     foreign_netns: str
+    """What becomes of a process in another network namespace: `refuse`, `record`, or `steer`, where its packets enter the host by one of
+    `bridges`."""
     heartbeat_timeout_s: float = 3.0
+    bridges: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,20 @@ def _origin(raw: abi.Origin) -> SocketOrigin:
     )
 
 
+def _event(reason: GapReason, detail: str, refused: bool, origin: SocketOrigin) -> KernelEvent:
+    return KernelEvent(
+        reason=reason.value,
+        detail=detail,
+        refused=refused,
+        pid=origin.pid,
+        tgid=origin.tgid,
+        uid=origin.uid,
+        comm=origin.comm,
+        cgroup_id=origin.cgroup_id,
+        destination=origin.original,
+    )
+
+
 @dataclass(slots=True)
 class _Attachment:
     hook: str
@@ -130,6 +150,9 @@ class Steering:
 
     plan: SteeringPlan
     _fds: dict[str, int] = field(default_factory=dict)
+    _unclaimed: list[SocketOrigin] = field(default_factory=list)
+    _netns_cookie: int = 0
+    _bridges: frozenset[str] = frozenset()
     _attached: list[_Attachment] = field(default_factory=list)
     _table: nft.Table | None = None
     _events: EventReader | None = None
@@ -162,7 +185,10 @@ class Steering:
         if plan.exclusive:
             for cgroup in plan.scope_cgroups:
                 self._own(cgroup, abi.ROLE_EXCLUSIVE)
-        self._table = nft.Table(plan.instance, self.mark, plan.listen_port)
+        self._bridges = plan.bridges
+        self._table = nft.Table(
+            plan.instance, self.mark, plan.listen_port, self._container_rules(plan.bridges)
+        )
         self._table.apply()
         root = cgroups.cgroup2_mount()
         self._attach("sidecar_bind4", root)
@@ -178,6 +204,19 @@ class Steering:
             ):
                 self._attach(hook, cgroup)
 
+    def _container_rules(self, bridges: frozenset[str]) -> nft.ContainerRules:
+        plan = self.plan
+        return nft.ContainerRules(
+            bridges if plan.foreign_netns == "steer" else frozenset(), plan.ports, plan.exclude
+        )
+
+    def cover_bridges(self, bridges: frozenset[str]) -> None:
+        """Steer what comes from these container networks, and from no others. Raises SteeringError."""
+        if self._table is not None and self.plan.foreign_netns == "steer" and bridges != self._bridges:
+            self._table.cover(self._container_rules(bridges))
+            self._table.apply()
+            self._bridges = bridges
+
     def _configure(self) -> None:
         plan, fds = self.plan, self._fds
         flags = abi.REFUSE_QUIC
@@ -185,9 +224,12 @@ class Steering:
             flags |= abi.FAIL_OPEN
         if plan.foreign_netns == "refuse":
             flags |= abi.REFUSE_FOREIGN_NETNS
+        if plan.foreign_netns == "steer":
+            flags |= abi.STEER_CONTAINERS
         zero = ctypes.c_uint32(0)
+        self._netns_cookie = netns_cookie()
         config = abi.Config(
-            netns_cookie=netns_cookie(),
+            netns_cookie=self._netns_cookie,
             instance=int(plan.instance, 16),
             heartbeat_timeout_ns=int(plan.heartbeat_timeout_s * 1e9),
             mark=self.mark,
@@ -264,17 +306,27 @@ class Steering:
     def _sweep(self, now_ns: int) -> None:
         for key in maps.keys(self._fds["flows"], abi.FlowKey):
             origin = maps.lookup(self._fds["flows"], key, abi.Origin)
-            if origin is not None and now_ns - origin.ktime_ns > FLOW_MAX_AGE_S * 1e9:
+            if origin is None:
+                continue
+            foreign = origin.netns_cookie != self._netns_cookie
+            if now_ns - origin.ktime_ns > (CONTAINER_FLOW_MAX_AGE_S if foreign else FLOW_MAX_AGE_S) * 1e9:
                 maps.delete(self._fds["flows"], key)
+                if foreign:
+                    self._unclaimed.append(_origin(origin))
 
-    def take_origin(self, peer: Address, local: Address) -> SocketOrigin | None:
-        """Who opened the connection that the listener sees as `peer` → `local`; each entry is given once."""
-        key = abi.flow_key(peer, local)
-        raw = maps.lookup(self._fds["flows"], key, abi.Origin)
-        if raw is None:
-            return None
-        maps.delete(self._fds["flows"], key)
-        return _origin(raw)
+    def take_origin(self, peer: Address, local: Address, original: Address) -> SocketOrigin | None:
+        """Who opened the connection that the listener sees as `peer` → `local`, and conntrack as meant for `original`; each entry is
+        given once. A container's connection was noted in its own namespace, where it still went to `original`."""
+        raw = self._take(abi.flow_key(peer, local))
+        if raw is None and self.plan.foreign_netns == "steer":
+            raw = self._take(abi.flow_key(peer, original))
+        return _origin(raw) if raw is not None else None
+
+    def _take(self, key: abi.FlowKey) -> abi.Origin | None:
+        raw: abi.Origin | None = maps.lookup(self._fds["flows"], key, abi.Origin)
+        if raw is not None:
+            maps.delete(self._fds["flows"], key)
+        return raw
 
     def drain_events(self) -> list[KernelEvent]:
         """What the hooks have told since the last call; what was lost meanwhile is one event with the count."""
@@ -285,20 +337,9 @@ class Steering:
             reason, sentence = abi.EVENTS.get(
                 raw.reason, (GapReason.REFUSED_BY_KERNEL, f"event {raw.reason}")
             )
-            origin = _origin(raw.origin)
-            found.append(
-                KernelEvent(
-                    reason=reason.value,
-                    detail=sentence,
-                    refused=bool(raw.refused),
-                    pid=origin.pid,
-                    tgid=origin.tgid,
-                    uid=origin.uid,
-                    comm=origin.comm,
-                    cgroup_id=origin.cgroup_id,
-                    destination=origin.original,
-                )
-            )
+            found.append(_event(reason, sentence, bool(raw.refused), _origin(raw.origin)))
+        unclaimed, self._unclaimed = self._unclaimed, []
+        found += [_event(GapReason.FOREIGN_NETNS, abi.UNCLAIMED, False, origin) for origin in unclaimed]
         total = maps.lookup(self._fds["lost"], ctypes.c_uint32(0), ctypes.c_uint64)
         lost = self._events.lost + (total.value if total is not None else 0)
         if lost > self._lost:

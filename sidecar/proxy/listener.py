@@ -1,5 +1,8 @@
 """The listening sockets: one reuseport pair (IPv4, IPv6) a worker, bound by the supervisor, which keeps them.
 
+What containers send is redirected to their bridge's address, so that with containers the sockets listen on every address; a rule on
+input (kernel.nft, `protect`) resets whoever was not redirected, and what no hook has noted is refused.
+
 A restarted worker gets the same descriptors, so that the port is never free for someone else to take.
 """
 
@@ -15,7 +18,7 @@ _ATTEMPTS = 20
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """`port` on 127.0.0.1 and, where the host has IPv6, on ::1; `by_worker[i]` are worker i's sockets."""
+    """`port` on 127.0.0.1 and, where the host has IPv6, on ::1, or on all addresses; `by_worker[i]` are worker i's sockets."""
 
     port: int
     by_worker: tuple[tuple[socket.socket, ...], ...]
@@ -47,15 +50,15 @@ def _has_ipv6() -> bool:
     return True
 
 
-def open_listeners(workers: int) -> Listeners:
+def open_listeners(workers: int, *, everywhere: bool = False) -> Listeners:
     """Bind one free port for all workers. Sockets do not listen until a worker calls listen(2): a redirect to a port
     without listener is refused at once.
 
     Raises PrerequisiteError where the loopback interface is down or no port is free.
     """
-    families = [(socket.AF_INET, "127.0.0.1")]
+    families = [(socket.AF_INET, "0.0.0.0" if everywhere else "127.0.0.1")]
     if _has_ipv6():
-        families.append((socket.AF_INET6, "::1"))
+        families.append((socket.AF_INET6, "::" if everywhere else "::1"))
     failure: OSError | None = None
     for _ in range(_ATTEMPTS):
         opened: list[socket.socket] = []

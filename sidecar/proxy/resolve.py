@@ -36,7 +36,7 @@ class SocketOrigin(Protocol):
 
 
 class OriginSource(Protocol):
-    def take_origin(self, peer: Address, local: Address) -> Any: ...
+    def take_origin(self, peer: Address, local: Address, original: Address) -> Any: ...
 
 
 class Attributor(Protocol):
@@ -77,7 +77,7 @@ class FlowResolver:
         peer = Address(message.peer_host, message.peer_port)
         local = Address(message.local_host, message.local_port)
         original = Address(message.original_host, message.original_port)
-        found = self._steering.take_origin(peer, local)
+        found = self._steering.take_origin(peer, local, original)
         if found is None:
             return Refusal(
                 CloseReason.ORIGIN_UNKNOWN, f"{peer} reached the listener without a steered connect", original

@@ -23,10 +23,12 @@ START_S = 30.0
 
 
 class DockerHost:
-    """Context manager. `address` is the engine's, `netns` the namespace's name."""
+    """Context manager. `address` is the engine's, `netns` the namespace's name: one of its own, or one that somebody else made. Its
+    containers' cgroups are below `/<name>`."""
 
-    def __init__(self) -> None:
-        self.netns = "sct" + os.urandom(3).hex()
+    def __init__(self, netns: str | None = None) -> None:
+        self._owns_netns = netns is None
+        self.netns = netns or "sct" + os.urandom(3).hex()
         self.directory = Path(tempfile.mkdtemp(prefix="sct-docker-", dir="/tmp"))
         self.socket = self.directory / "docker.sock"
         self.address = f"unix://{self.socket}"
@@ -34,8 +36,10 @@ class DockerHost:
 
     def __enter__(self) -> Self:
         try:
-            _run("ip", "netns", "add", self.netns)
+            if self._owns_netns:
+                _run("ip", "netns", "add", self.netns)
             _run("nsenter", f"--net=/run/netns/{self.netns}", "ip", "link", "set", "lo", "up")
+            (cgroup2_mount() / self.netns).mkdir(exist_ok=True)
             self.start()
             self._make_image()
         except BaseException:
@@ -120,7 +124,8 @@ class DockerHost:
         mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         for mount in sorted((m for m in mounted if m.startswith(f"{self.directory}/")), reverse=True):
             subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
-        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True, check=False)
+        if self._owns_netns:
+            subprocess.run(["ip", "netns", "del", self.netns], capture_output=True, check=False)
         for hierarchy in {Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*"), cgroup2_mount()}:
             with contextlib.suppress(OSError):
                 (hierarchy / self.netns).rmdir()

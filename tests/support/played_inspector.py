@@ -117,7 +117,11 @@ class _Played:
             except OSError:
                 return
             with connection:
-                origin = self.steering.take_origin(Address(*peer[:2]), Address(*connection.getsockname()[:2]))
+                origin = self.steering.take_origin(
+                    Address(*peer[:2]),
+                    Address(*connection.getsockname()[:2]),
+                    original_destination(connection),
+                )
                 self.flows.append(
                     {
                         "tgid": origin.tgid if origin else None,

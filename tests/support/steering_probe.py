@@ -82,8 +82,8 @@ def steered(family: str, host: str, listener: socket.socket) -> dict[str, object
         f"s = socket.socket(socket.{family}); s.settimeout(5); s.connect(({host!r}, 5432)); print(s.recv(5))"
     )
     connection, peer = listener.accept()
-    origin = steer.take_origin(Address(peer[0], peer[1]), Address(*connection.getsockname()[:2]))
     original = original_destination(connection)
+    origin = steer.take_origin(Address(peer[0], peer[1]), Address(*connection.getsockname()[:2]), original)
     connection.sendall(b"hello")
     connection.close()
     said = child.communicate(timeout=10)[0].strip()
@@ -111,8 +111,10 @@ print('up', flush=True); sys.stdin.read(1)
     right = wrong = moved = 0
     for _ in range(120):
         connection, peer = v4.accept()
-        origin = steer.take_origin(Address(peer[0], peer[1]), Address(*connection.getsockname()[:2]))
         original = original_destination(connection)
+        origin = steer.take_origin(
+            Address(peer[0], peer[1]), Address(*connection.getsockname()[:2]), original
+        )
         if origin is not None and origin.original == original and origin.tgid == child.pid:
             right += 1
         else:
