@@ -93,7 +93,8 @@ class Agent:
             upstream=config.upstream is not None,
         )
         self.facts: dict[str, FlowFacts] = {}
-        self.identity_counts = [0, 0]
+        self.identity_counts = [0, 0, 0]
+        """Flows with a verified principal, with a token that was refused, without a token."""
         self.recording = Recording(
             config.audit,
             self.host,
@@ -414,7 +415,8 @@ class Agent:
             worker.send(link.Resolved(message.id, None, outcome.reason.value))
             self.recording.refused(outcome)
             return
-        self.identity_counts[0 if outcome.principal else 1] += 1
+        without = outcome.identity_error in (None, "no_token")
+        self.identity_counts[0 if outcome.principal else 2 if without else 1] += 1
         self.facts[outcome.flow] = outcome
         worker.flows[outcome.flow] = None
         worker.send(link.Resolved(message.id, outcome))

@@ -106,6 +106,7 @@ class AgentControl:
                 issuers=tuple(issuer.issuer for issuer in config.identity.issuers),
                 verified=agent.identity_counts[0],
                 failed=agent.identity_counts[1],
+                absent=agent.identity_counts[2],
                 error="; ".join(agent.identity.problems()) or None,
             ),
             gaps=dict(agent.recording.gaps),

@@ -53,7 +53,10 @@ class SecretFile(Shape, frozen=True):
             try:
                 facts = os.fstat(descriptor)
                 if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_SECRET_BYTES:
-                    raise ConfigurationError(f"the secret in {self.file} is no small regular file")
+                    raise ConfigurationError(
+                        f"the secret in {self.file} is no small regular file",
+                        hint=f"a file of at most {MAX_SECRET_BYTES} bytes",
+                    )
                 if facts.st_mode & (stat.S_IROTH | stat.S_IWOTH):
                     raise ConfigurationError(
                         f"the secret in {self.file} can be read or written by everyone",
@@ -65,9 +68,12 @@ class SecretFile(Shape, frozen=True):
         except (OSError, UnicodeDecodeError) as error:
             # a decoding error's own text would show a part of the secret
             why = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise ConfigurationError(f"the secret in {self.file} cannot be read: {why}") from None
+            raise ConfigurationError(
+                f"the secret in {self.file} cannot be read: {why}",
+                hint="`{file: PATH}` in the configuration names it; make it, with mode 0600",
+            ) from None
         if not text:
-            raise ConfigurationError(f"the secret in {self.file} is empty")
+            raise ConfigurationError(f"the secret in {self.file} is empty", hint="put the secret into it")
         return Secret(text)
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from sidecar.errors import ControlError, LimitExceeded
+from sidecar.model.ids import short_id
 from sidecar.model.verdict import ApproveTerms
 
 OPERATOR_GROUP: Final = "sidecar"
@@ -307,12 +308,17 @@ class Grants:
                 f"there is no hold {hold_id}", cause=RefusalCause.UNKNOWN, hint="sidecar approvals list"
             )
         if grant.state is GrantState.EXPIRED:
-            return GrantRefused(f"hold {hold_id} has expired", cause=RefusalCause.EXPIRED)
+            return GrantRefused(
+                f"hold {hold_id} has expired", cause=RefusalCause.EXPIRED, hint="let the job run it again"
+            )
         if grant.state is GrantState.WITHDRAWN:
             return GrantRefused(
-                f"hold {hold_id} was withdrawn: its client is gone", cause=RefusalCause.WITHDRAWN
+                f"hold {hold_id} was withdrawn: its client is gone",
+                cause=RefusalCause.WITHDRAWN,
+                hint="let the job run it again",
             )
         return GrantRefused(
             f"hold {hold_id} was {grant.state.value} already, by {grant.decided_by}",
             cause=RefusalCause.DECIDED,
+            hint=f"sidecar why {short_id(hold_id)} says what became of it",
         )

@@ -44,7 +44,7 @@ def list_(with_finished: bool, as_json: bool) -> None:
     else:
         output.console().print(
             output.table(
-                ["id", "state", ">waits", ">left", "rule", "target", "process", "statement"],
+                ["=id", "state", ">waits", ">left", "rule", "target", "process", "statement"],
                 [
                     (
                         short_id(view.id),

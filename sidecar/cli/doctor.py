@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -58,6 +59,7 @@ def doctor(config_file: Path | None, as_json: bool) -> None:
     """Each prerequisite, with its fix. Exit status 3 where one is missing."""
     from sidecar.kernel.capabilities import probe
 
+    logging.getLogger("sidecar.identity").setLevel(logging.ERROR)  # what it would warn of is a row here
     checks: list[Check] = [*probe(), *own_checks(config_file)]
     well = all(check.ok for check in checks)
     not_checked = [*NOT_CHECKED, *(NOT_CHECKED_WITHOUT_ROOT if os.geteuid() != 0 else ())]
@@ -101,11 +103,31 @@ def own_checks(config_file: Path | None) -> list[OwnCheck]:
     where = str(config.file) if config.file else "built in (no /etc/sidecar/sidecar.yaml)"
     return [
         OwnCheck("configuration", True, where),
+        *_secrets(config),
         _policy(config),
         *(issuer_keys(issuer.issuer, issuer.jwks) for issuer in config.identity.issuers),
         audit_directory(Path(config.audit.directory)),
         short_way(),
     ]
+
+
+def _secrets(config: Config) -> list[OwnCheck]:
+    """The files of secrets that the configuration names; what is in them is not shown."""
+    named = {
+        "masks.hash_key": config.hash_key_file,
+        "upstream.token": config.upstream.token if config.upstream else None,
+    }
+    found = []
+    for name, secret in named.items():
+        if secret is None:
+            continue
+        try:
+            secret.read()
+        except SidecarError as error:
+            found.append(OwnCheck("secret", False, f"{name}: {error}", error.hint))
+        else:
+            found.append(OwnCheck("secret", True, f"{name}: {secret.file}"))
+    return found
 
 
 def _policy(config: Config) -> OwnCheck:

@@ -47,5 +47,5 @@ def exec_(config_file: Path | None, policy_file: Path | None, command: tuple[str
     except ConfigurationError:
         raise
     except SidecarError as error:
-        output.error(str(error), error.hint)
+        output.error(str(error), error.hint or "`sidecar doctor`, with the same -c, says what is missing")
         sys.exit(SETUP_FAILED)

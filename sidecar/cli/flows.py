@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
 
 import click
 import msgspec
@@ -41,9 +42,10 @@ def flows(instance: str | None, once: bool, watch: bool, as_json: bool) -> None:
             output.note("nothing is running")
         return
     if sys.stdout.isatty() and not as_json:
-        with Live(console=output.console(), auto_refresh=False, screen=False) as display:
+        screen = output.console()
+        with Live(console=screen, auto_refresh=False, screen=False) as display:
             for rows in _watch(instance):
-                display.update(_table(rows), refresh=True)
+                display.update(_table(rows, screen.width), refresh=True)
     else:
         for rows in _watch(instance):
             _print(rows, as_json)
@@ -78,7 +80,8 @@ def _print(rows: Rows, as_json: bool) -> None:
     if as_json:
         output.emit_json({"flows": [_as_map(instance, row) for instance, row in rows]})
     elif rows:
-        output.console().print(_table(rows))
+        screen = output.console()
+        screen.print(_table(rows, screen.width))
     else:
         output.line("no open flows")
 
@@ -87,39 +90,34 @@ def _as_map(instance: str, row: FlowRow) -> dict[str, Any]:
     return {"instance": instance, **msgspec.to_builtins(row)}
 
 
-def _table(rows: Rows) -> Table:
+COLUMNS: Final[tuple[tuple[str, int, Callable[[FlowRow], str]], ...]] = (
+    # name as `output.table` has it, from which width of a terminal on, value
+    ("=flow", 0, lambda row: short_id(row.flow)),
+    (">age", 80, lambda row: output.age(row.opened_ns)),
+    (">pid", 80, lambda row: str(row.pid)),
+    ("process", 0, lambda row: row.exe),
+    (">uid", 150, lambda row: str(row.uid)),
+    ("principal", 100, lambda row: row.principal or "-"),
+    ("target", 0, lambda row: row.target),
+    ("protocol", 150, lambda row: row.protocol),
+    (">requests", 0, lambda row: str(row.requests)),
+    (">denied", 0, lambda row: str(row.denied)),
+    (">up", 150, lambda row: output.size(row.bytes_up)),
+    (">down", 150, lambda row: output.size(row.bytes_down)),
+    ("state", 0, lambda row: row.state),
+)
+
+
+def _table(rows: Rows, width: int) -> Table:
+    """What fits into `width` columns; a narrow one keeps which flow, who, where to and what became of it."""
+    shown = [(name, value) for name, needs, value in COLUMNS if width >= needs]
     return output.table(
+        [name for name, _ in shown],
         [
-            "flow",
-            ">age",
-            ">pid",
-            "process",
-            ">uid",
-            "principal",
-            "target",
-            "protocol",
-            ">requests",
-            ">denied",
-            ">up",
-            ">down",
-            "state",
-        ],
-        [
-            (
-                short_id(row.flow),
-                output.age(row.opened_ns),
-                str(row.pid),
-                row.exe,
-                str(row.uid),
-                row.principal or "-",
-                row.target,
-                row.protocol,
-                str(row.requests),
-                str(row.denied),
-                output.size(row.bytes_up),
-                output.size(row.bytes_down),
-                row.state,
-            )
+            [
+                Path(value(row)).name if name == "process" and width < 180 else value(row)
+                for name, value in shown
+            ]
             for _, row in sorted(rows, key=lambda pair: pair[1].opened_ns)
         ],
     )

@@ -64,13 +64,14 @@ def console() -> Console:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without frame; columns whose name starts with `>` are numbers, aligned to the right."""
+    """A table without frame; columns whose name starts with `>` are numbers, aligned to the right; those with `=` are ids. Neither is
+    cut."""
     made = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold")
     for name in columns:
         made.add_column(
-            name.removeprefix(">"),
+            name.lstrip(">="),
             justify="right" if name.startswith(">") else "left",
-            no_wrap=name.startswith(">"),
+            no_wrap=name.startswith((">", "=")),
             overflow="ellipsis" if sys.stdout.isatty() else "fold",
         )
     for row in rows:

@@ -126,7 +126,7 @@ def describe(status: Status) -> list[str]:
         (
             "identity",
             f"{'required' if identity.required else 'optional'}, {identity.verified} verified, "
-            f"{identity.failed} failed; issuers: {', '.join(identity.issuers) or 'none'}",
+            f"{identity.failed} failed, {identity.absent} without a token; issuers: {', '.join(identity.issuers) or 'none'}",
         ),
         (
             "audit",

@@ -108,7 +108,10 @@ class IdentityStatus:
     issuers: tuple[str, ...] = ()
     verified: int = 0
     failed: int = 0
+    """Flows with a token that was not accepted."""
     error: str | None = None
+    absent: int = 0
+    """Flows without a token."""
 
 
 @dataclass(frozen=True, slots=True)

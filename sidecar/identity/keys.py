@@ -163,7 +163,9 @@ class KeySet:
                 if facts.st_mode & stat.S_IWOTH:
                     raise ValueError("it can be written by everyone")
                 self._accept(_Fetched(parse_jwks(Path(self._location).read_bytes()), 0.0))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._refuse(f"{self._location}: {error.strerror}")
+        except ValueError as error:
             self._refuse(f"{self._location}: {error}")
         self._usable_until = self._clock() + 1.0
 
@@ -216,7 +218,8 @@ class KeySet:
 
     def _refuse(self, problem: str) -> None:
         if not self._failed or problem != self._error:
-            log.warning("keys of an issuer (%s) could not be read: %s", self._location, problem)
+            place = "" if problem.startswith(f"{self._location}: ") else f"{self._location}: "
+            log.warning("keys of an issuer could not be read: %s%s", place, problem)
         self._failed = True
         self._error = problem
 

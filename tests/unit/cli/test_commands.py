@@ -303,6 +303,29 @@ def test_without_root(arguments: tuple[str, ...], status: int, hint: str, tmp_pa
     assert done.stderr.splitlines()[-1] == "hint: " + hint.format(closed=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("masks: {hash_key: {file: absent}}", "masks.hash_key: the secret in"),
+        ("upstream: {url: 'http://127.0.0.1:1', token: {file: absent}}", "upstream.token: the secret in"),
+        (
+            "identity: {sources: [{env: {name: T}}], issuers: [{issuer: i, audience: a, jwks: absent}]}",
+            "absent: No such file or directory",
+        ),
+    ],
+)
+def test_doctor_looks_for_what_the_configuration_names(
+    document: str, words: str, tmp_path: Path, sidecar: Sidecar
+) -> None:
+    config = tmp_path / "sidecar.yaml"
+    config.write_text(document + f"\naudit: {{directory: {tmp_path}}}\n")
+    done = sidecar("doctor", "-c", config)
+    assert done.status == 3
+    (missing,) = [line for line in done.out.splitlines() if words in line]
+    assert missing.startswith("MISSING")
+    assert done.err == ""  # a row, and not a warning besides
+
+
 LOOKING_IN = """
 import sys
 from pathlib import Path
