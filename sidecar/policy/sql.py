@@ -1,7 +1,7 @@
 """What an SQL text does, from its syntax tree (postgast: libpg_query, the server's own grammar).
 
 `analyse` is a pure function of the text. What the tree cannot show (a DO block's body, CALL) makes the text `opaque`: selectors on it
-are then unknown, and deny, approve and mask rules fire on unknown. postgast is imported here and in sql_secrets (the lexer) only.
+are then unknown, and deny, approve and mask rules fire on unknown. The parser is sql_parser's, the lexer sql_secrets'.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sidecar.policy.reach import UNKNOWN, Flows, Relations
 from sidecar.policy.sql_changes import changes_of
 from sidecar.policy.sql_facts import Analysis, Table, together
 from sidecar.policy.sql_names import names_of
+from sidecar.policy.sql_parser import normalise, parse
 from sidecar.policy.sql_secrets import find_passwords, literal_span, may_hold_secrets
 from sidecar.policy.sql_tree import TooDeep, unwrap
 from sidecar.policy.sql_vocabulary import STATEMENT_KINDS
@@ -24,14 +25,6 @@ from sidecar.policy.sql_walker import Walker
 
 _PARAMETER: Final = re.compile(r"\$\d+")
 _CONSTANT: Final = re.compile(r"'|(?<![\w$])\d")
-
-
-def normalise(text: str) -> str | None:
-    """The text with its constants replaced by $n; None where it cannot be parsed. For shape caching."""
-    try:
-        return str(postgast.normalize(text))
-    except (postgast.PgQueryError, UnicodeEncodeError, ValueError):
-        return None
 
 
 def constants_differ_only(text: str) -> bool:
@@ -48,7 +41,10 @@ def analyse(text: str) -> Analysis:
         found.error = SyntaxIssue("invalid byte sequence: NUL", 0)
         return found
     try:
-        tree = postgast.parse(text)
+        tree = parse(text)
+    except TooDeep:
+        found.too_deep = True
+        return found
     except postgast.PgQueryError as error:
         if "stack depth" in str(error.message):
             found.too_deep = True
@@ -84,8 +80,8 @@ def flows(text: str, relations: Relations, *, executed: bool = False) -> list[Fl
     """The lineage of every statement in a text that was judged before. `executed`: a PREPARE or DECLARE as what it names. FETCH and
     EXECUTE return what others say, and have no outputs here."""
     try:
-        tree = postgast.parse(text)
-    except (postgast.PgQueryError, ValueError, RecursionError):
+        tree = parse(text)
+    except (postgast.PgQueryError, TooDeep, ValueError, RecursionError):
         return [UNKNOWN]
     return [trace(unwrap(raw.stmt), relations, executed=executed) for raw in tree.stmts]
 

@@ -13,7 +13,7 @@ _SECRET_WORD: Final = re.compile(r"(?i)passw|pwd|secret|connection|conninfo|://"
 _SECRET_KEYWORDS: Final = frozenset(
     {b"password", b"passwd", b"pwd", b"secret", b"connection", b"primary_conninfo"}
 )
-_SECRET_IN_LITERAL: Final = re.compile(rb"(?i)passw|pwd|secret|://[^/@\s]*:[^/@\s]*@")
+_SECRET_IN_LITERAL: Final = re.compile(rb"(?i)passw|pwd|secret|://[^/@:\s]*:[^/@\s]*@")
 _LITERAL_TOKENS: Final = frozenset({"SCONST", "USCONST", "BCONST", "XCONST"})
 _COMMENT_TOKENS: Final = frozenset({"SQL_COMMENT", "C_COMMENT"})
 
