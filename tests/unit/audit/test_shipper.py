@@ -31,6 +31,12 @@ from tests.support.spools import flow_of, make_spool, request, writer_of
 FAST = (0.02, 0.05)
 
 
+@pytest.fixture(autouse=True)
+def awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipper looks for new records more often than it does elsewhere."""
+    monkeypatch.setattr(shipper, "IDLE_S", 0.02)
+
+
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
     made = make_spool(tmp_path / "audit")
@@ -82,6 +88,9 @@ def test_the_collector_is_killed_again_and_again(spool: Spool, tmp_path: Path) -
                     number += 1
                 spool.commit()
             collector.kill()
+            writers[0].append_many(flow_of(number))
+            number += 1
+            spool.commit()
             until(lambda: not shipping.state().ok)
             assert shipping.state().error
             collector.start()
@@ -125,7 +134,7 @@ def _huge(odd: OddCollector, handler: http.server.BaseHTTPRequestHandler, body: 
 
 
 def _hangs(odd: OddCollector, handler: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
-    time.sleep(1)
+    time.sleep(0.5)
     handler.close_connection = True
 
 
@@ -136,7 +145,7 @@ def _drips(odd: OddCollector, handler: http.server.BaseHTTPRequestHandler, body:
     for _ in range(10):
         handler.wfile.write(b" ")
         handler.wfile.flush()
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def _closes(odd: OddCollector, handler: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
@@ -198,13 +207,13 @@ def test_what_is_no_receipt_counts_for_nothing(
     spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, said: str
 ) -> None:
     """Then the collector comes to its senses, and all of it goes through."""
-    monkeypatch.setattr(shipper, "ANSWER_S", 0.3)
+    monkeypatch.setattr(shipper, "ANSWER_S", 0.2)
     writer = writer_of(spool.open_stream("w"))
     writer.append_many([request(number) for number in range(20)])
     spool.commit()
     with OddCollector(tmp_path / "data", answer) as odd:
         sender = Shipper(spool, odd.url, None, backoff_s=FAST)
-        sender._client.timeout = 0.5
+        sender._client.timeout = 0.25
         sender.start()
         try:
             until(lambda: odd.asked >= 3)
@@ -228,9 +237,9 @@ def test_retries_are_bounded_in_rate(spool: Spool, tmp_path: Path) -> None:
     writer.append(request(0))
     spool.commit()
     with OddCollector(tmp_path / "data", _broken) as odd:
-        sender = Shipper(spool, odd.url, None, backoff_s=(0.1, 0.4))
+        sender = Shipper(spool, odd.url, None, backoff_s=(0.05, 0.2))
         sender.start()
-        time.sleep(2.0)
+        time.sleep(1.0)
         asyncio.run(sender.stop(flush_s=0.0))
         assert 4 <= odd.asked <= 10
 
@@ -260,23 +269,19 @@ def test_another_collector_in_its_place_is_not_believed(spool: Spool, tmp_path: 
 def test_a_rolled_back_collector_shows_in_verify(spool: Spool, tmp_path: Path) -> None:
     data, backup = tmp_path / "data", tmp_path / "backup"
     writer = writer_of(spool.open_stream("w"))
-    with CollectorProcess(data) as collector, Shipping(spool, collector.url):
-        writer.append(request(0))
+
+    def ship_one(number: int, condition: Callable[[], bool]) -> None:
+        writer.append(request(number))
         spool.commit()
-        until(lambda: receipted(spool, writer.stream) == 0)
-        collector.kill()
-        shutil.copytree(data, backup)
-        collector.start()
-        writer.append(request(1))
-        spool.commit()
-        until(lambda: receipted(spool, writer.stream) == 1)
-        collector.kill()
-        shutil.rmtree(data)
-        backup.rename(data)
-        collector.start()
-        writer.append(request(2))
-        spool.commit()
-        until(lambda: refusal_path(spool.directory, writer.stream).exists())
+        with OddCollector(data, _honest) as odd, Shipping(spool, odd.url):
+            until(condition)
+
+    ship_one(0, lambda: receipted(spool, writer.stream) == 0)
+    shutil.copytree(data, backup)
+    ship_one(1, lambda: receipted(spool, writer.stream) == 1)
+    shutil.rmtree(data)
+    backup.rename(data)
+    ship_one(2, lambda: refusal_path(spool.directory, writer.stream).exists())
     report = verify(spool.directory)
     assert [(finding.stream, finding.seq) for finding in report.findings] == [(writer.stream, 1)]
     assert "records 1 to 1 are missing: this collector was rolled back" in report.findings[0].problem
@@ -332,12 +337,12 @@ def test_a_reinstalled_host_shows_in_verify(tmp_path: Path) -> None:
         with Shipping(first, odd.url):
             until(lambda: odd.store.flows() or odd.asked)
         first.close()
-    with CollectorProcess(tmp_path / "data") as collector:
+    with OddCollector(tmp_path / "data", _honest) as odd:
         second = make_spool(tmp_path / "audit-of-the-new-system")
         writer = writer_of(second.open_stream("w"))
         writer.append(request(1))
         second.commit()
-        with Shipping(second, collector.url):
+        with Shipping(second, odd.url):
             until(lambda: refusal_path(second.directory, writer.stream).exists())
         second.close()
         report = verify(second.directory)
@@ -367,7 +372,10 @@ def test_two_instances_ship_one_directory(tmp_path: Path) -> None:
         assert stored(tmp_path / "data") == spooled(tmp_path / "audit")
 
 
-def test_a_hanging_collector_does_not_hold_up_the_end(spool: Spool, tmp_path: Path) -> None:
+def test_a_hanging_collector_does_not_hold_up_the_end(
+    spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipper, "STOP_S", 0.3)
     writer_of(spool.open_stream("w")).append(request(0))
     spool.commit()
     release = threading.Event()
@@ -381,8 +389,8 @@ def test_a_hanging_collector_does_not_hold_up_the_end(spool: Spool, tmp_path: Pa
         sender.start()
         until(lambda: odd.asked)
         began = time.monotonic()
-        asyncio.run(sender.stop(flush_s=0.5))
-        assert time.monotonic() - began < 3
+        asyncio.run(sender.stop(flush_s=0.3))
+        assert time.monotonic() - began < 2
         release.set()
         sender._thread.join(5)
     assert verify(spool.directory).ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ssl
 
 import pytest
@@ -177,8 +178,8 @@ def test_tls_is_relayed_with_the_servers_name() -> None:
     assert auto(policy).client(hello).closed == "denied"
 
 
+@functools.cache
 def client_hello(name: str) -> bytes:
-
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     session = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
     with pytest.raises(ssl.SSLWantReadError):
