@@ -108,6 +108,7 @@ class Cycles(Results):
         if (
             not decision.passes
             or not decision.steady
+            or decision.unseen
             or decision.ambiguous
             or decision.ddl
             or decision.resets

@@ -51,7 +51,7 @@ class Decision:
     """May return rows."""
     ddl: bool = False
     steady: bool = True
-    """Cannot change how later texts are read (settings, transactions, functions)."""
+    """Cannot change how later texts are read (settings, transactions, functions), but for what a trigger, rule or view does."""
     ambiguous: bool = False
     """Read differently under other settings: judged only where these are certain."""
     resets: bool = False
@@ -65,6 +65,11 @@ class Decision:
     """Of what returns rows of named statements: the decision on its own text alone, before any of theirs."""
     stands_for: tuple[Decision, ...] = ()
     """On the statements whose rows it returns."""
+
+    @property
+    def settled(self) -> bool:
+        """Changes nothing of how later texts are read: no relation is in it, behind which a trigger, a rule or a view could stand."""
+        return self.steady and not self.verdict.objects and all(item.settled for item in self.stands_for)
 
     @property
     def several(self) -> bool:

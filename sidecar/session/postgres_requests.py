@@ -155,7 +155,10 @@ class Requests(Refusals):
 
     def _certain(self) -> bool:
         """No message that is still to be answered can change how a text is read."""
-        return all(exchange.decision is None or exchange.decision.steady for exchange in self._pending)
+        return all(
+            exchange.decision.settled if exchange.decision is not None else exchange.kind != "F"
+            for exchange in self._pending
+        )
 
     def _decide(self, raw: bytes) -> Decision:
         """On a text that the client sends now."""
@@ -163,7 +166,10 @@ class Requests(Refusals):
         if decision.ambiguous and not self._certain():
             return self.judge.decide(raw, certain=False)
         if self._pending and not raw.isascii():
-            anew = any(item.decision is not None and item.decision.unseen for item in self._pending)
+            anew = any(
+                item.decision.unseen if item.decision is not None else item.kind == "F"
+                for item in self._pending
+            )
             return self.judge.decide(raw, encoding_certain=not anew)
         return decision
 

@@ -436,3 +436,36 @@ def test_a_number_that_is_a_column_is_not_shared_between_texts(
             )
         found = wire.ask(query("SELECT name, ssn FROM customers WHERE id > 9 ORDER BY 2"))
         assert [error["C"] for error in errors(found)] == ["42501"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["UPDATE pg_settings SET setting = 'off' WHERE name = 'standard_conforming_strings'", "INSERT INTO triggers VALUES (1)",
+     "TABLE setting", "PREPARE x AS TABLE setting; EXECUTE x"],
+)  # fmt: skip
+def test_strings_behind_what_changes_how_they_are_read(
+    server: PostgresServer, relay: SessionRelay, wire: Wire, change: str
+) -> None:
+    call = "set_config('standard_conforming_strings', 'off', false)"
+    server.sql(
+        "DROP TABLE IF EXISTS triggers; CREATE TABLE triggers (a int); CREATE OR REPLACE FUNCTION sets() RETURNS trigger LANGUAGE "
+        f"plpgsql AS $$BEGIN PERFORM {call}; RETURN NEW; END$$; CREATE TRIGGER t BEFORE INSERT ON triggers FOR EACH ROW "
+        f"EXECUTE FUNCTION sets(); CREATE OR REPLACE VIEW setting AS SELECT {call}"
+    )
+    found = wire.ask(query(change), query(r"SELECT 'a\'';DROP TABLE plain;--'"), count=2)
+    assert [error["C"] for error in errors(found)] == ["42501"]
+    assert server.sql("SELECT count(*) FROM plain") == "1"
+
+
+def test_names_behind_an_update_that_changes_the_encoding(server: PostgresServer) -> None:
+    server.sql('DROP TABLE IF EXISTS "люди"; CREATE TABLE "люди" (a int)')
+    engine = load_policy(
+        "version: 1\nrules: [{name: kept, when: {table: люди}, deny: kept}]\n", "policy.yaml"
+    )
+    with (
+        SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay,
+        Wire(relay.address) as wire,
+    ):
+        change = "UPDATE pg_catalog.pg_settings SET setting = 'KOI8R' WHERE name = 'client_encoding'"
+        found = wire.ask(query(change), query('DROP TABLE "люди"'.encode("koi8-r")), count=2)
+        assert [error["C"] for error in errors(found)] == ["42501"]
