@@ -30,6 +30,8 @@ from sidecar.control.protocol import (
 from sidecar.errors import ControlError
 from tests.support.control_agent import SmallAgent, origin, run_directory, serving
 
+pytestmark = pytest.mark.root  # most answers are for root and the group sidecar
+
 
 @pytest.fixture
 def agent() -> SmallAgent:

@@ -121,6 +121,7 @@ def test_variables_of_a_ci_system(source: SourceDocument, environ: dict[str, str
     assert finder.find(context(rest), 0.5) is None, "not of that system"
 
 
+@pytest.mark.root
 def test_a_projected_token_of_a_pod() -> None:
     """Kubernetes writes `..data -> ..<time>`, and `token -> ..data/token`, and swaps the middle one."""
     with scratch(Path("/run")) as directory:
@@ -301,6 +302,7 @@ def place() -> Iterator[Path]:
         yield directory
 
 
+@pytest.mark.root
 def test_a_command(place: Path) -> None:
     source = program(
         place, 'echo "$1,$SIDECAR_PID,$SIDECAR_UID,$SIDECAR_START,$HOME,$(env | grep -c SECRET)"; echo x >&2'
@@ -312,6 +314,7 @@ def test_a_command(place: Path) -> None:
     assert found.token.reveal() == f"an argument,{pid},61001,{seen_as.starts[0]},,0"
 
 
+@pytest.mark.root
 def test_a_command_that_knows_no_token(place: Path) -> None:
     with job() as pid:
         assert (
@@ -319,6 +322,7 @@ def test_a_command_that_knows_no_token(place: Path) -> None:
         )
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -338,6 +342,7 @@ def test_a_command_that_fails(place: Path, text: str, words: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.root
 def test_a_command_that_others_can_change(place: Path) -> None:
     with job() as pid:
         here = Resolver().resolve(seen(pid)).context
@@ -349,6 +354,7 @@ def test_a_command_that_others_can_change(place: Path) -> None:
             TokenFinder((SourceDocument(command=CommandSource(("/nowhere/x",))),)).find(here, 2.0)
 
 
+@pytest.mark.root
 def test_a_command_is_not_run_for_who_is_gone(place: Path) -> None:
     gone = dataclasses.replace(context({}), exited=True)
     assert TokenFinder((program(place, "echo x"),)).find(gone, 2.0) is None

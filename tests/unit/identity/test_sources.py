@@ -96,6 +96,7 @@ def test_an_ancestors_reused_pid_is_not_read() -> None:
         assert found(ENV, context) is None
 
 
+@pytest.mark.root
 def test_the_first_source_that_yields_wins(tmp_path: Path) -> None:
     write(tmp_path / "token", "from-file")
     both = (*ENV, *file_source(tmp_path / "token"))
