@@ -20,14 +20,14 @@ from sidecar.audit.encode import decode_record
 from sidecar.audit.segment import (
     FRAME,
     MAX_ENTRY_BYTES,
+    all_segments,
+    list_directory,
     lock_path,
     read_frames,
     read_header,
     segment_number,
-    segment_paths,
     sizes_newest_first,
     start_of,
-    stream_names,
 )
 from sidecar.errors import AuditError
 
@@ -40,6 +40,8 @@ MIN_ID_DIGITS: Final = 4
 MAX_OPEN_FLOWS: Final = 100_000
 """`open` records that `joined` keeps for flows whose `close` it has not met."""
 SEARCH_BYTES: Final = 1024 * 1024
+CHANGE_SLACK_NS: Final = 60 * 10**9
+"""A record may be this much younger than the last change of its file: clocks are set."""
 NO_RECORD: Final = "the file goes on with what is no whole record"
 
 Damaged: TypeAlias = Callable[[AuditError], None]
@@ -137,12 +139,14 @@ def _is_written(directory: Path, stream: str) -> bool:
     return lock_path(directory, stream).exists()
 
 
-def _stream_records(directory: Path, stream: str, damaged: Damaged) -> Iterator[dict[str, Any]]:
+def _stream_records(
+    directory: Path, stream: str, segments: list[Path], damaged: Damaged
+) -> Iterator[dict[str, Any]]:
     head: bytes | None = None
     written = _is_written(directory, stream)
     before: int | None = None
     try:
-        for path, size in sizes_newest_first(segment_paths(directory, stream)):
+        for path, size in sizes_newest_first(segments):
             number = segment_number(path)
             if before is not None and number != before + 1:
                 head = None  # what was between is gone: `verify` knows whether it may be
@@ -166,13 +170,13 @@ def _opened_ns(stream: str) -> int:
 
 
 def records(directory: Path, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
-    """All records: streams merged by time, each in the order of its chain."""
-    waiting = deque(stream_names(directory))
+    """All records of the segments that are there: streams merged by time, each in the order of its chain."""
+    waiting = deque(all_segments(directory, list_directory(directory)).items())
     heap: list[tuple[int, int, dict[str, Any], Iterator[dict[str, Any]]]] = []
     number = 0
     while waiting or heap:
-        while waiting and (not heap or _opened_ns(waiting[0]) <= heap[0][0]):
-            source = _stream_records(directory, waiting.popleft(), damaged)
+        while waiting and (not heap or _opened_ns(waiting[0][0]) <= heap[0][0]):
+            source = _stream_records(directory, *waiting.popleft(), damaged)
             first = next(source, None)
             if first is not None:
                 heapq.heappush(heap, (int(first.get("ts_ns", 0)), number, first, source))
@@ -220,18 +224,21 @@ class Joiner:
         return view.joined()
 
 
-def _search(directory: Path, wanted: bytes, damaged: Damaged = raise_damaged) -> Iterator[dict[str, Any]]:
+def _search(
+    directory: Path, wanted: bytes, damaged: Damaged = raise_damaged, *, newest_first: bool = False
+) -> Iterator[dict[str, Any]]:
     """Records whose stored bytes hold `wanted`."""
-    for stream in stream_names(directory):
-        for path in segment_paths(directory, stream):
-            if not _holds(path, wanted):
-                continue
-            try:
-                for offset, _, record in _segment_records(path):
-                    if wanted in record:
-                        yield _decode(path, offset, record)
-            except AuditError as error:
-                damaged(error)
+    found = all_segments(directory, list_directory(directory))
+    paths = [path for segments in found.values() for path in segments]
+    for path in reversed(paths) if newest_first else paths:
+        if not _holds(path, wanted):
+            continue
+        try:
+            for offset, _, record in _segment_records(path):
+                if wanted in record:
+                    yield _decode(path, offset, record)
+        except AuditError as error:
+            damaged(error)
 
 
 def _holds(path: Path, wanted: bytes) -> bool:
@@ -254,7 +261,7 @@ def _ignore(error: AuditError) -> None:
 
 def opening_of(directory: Path, flow: str) -> dict[str, Any] | None:
     """The `open` record of a flow, by its full id."""
-    for record in _search(directory, flow.encode(), _ignore):
+    for record in _search(directory, flow.encode(), _ignore, newest_first=True):
         if record.get("kind") == "open" and record.get("flow") == flow:
             return record
     return None
@@ -335,67 +342,94 @@ class Follower:
         self._damaged = damaged
         self._places: dict[Path, tuple[int, bytes | None]] = {}
         """Of each segment: the offset of what has not been seen, and the chain's hash before it."""
-        self._bad: set[Path] = set()
+        self._over: set[Path] = set()
+        """Segments that are not looked at again: of ended streams, or damaged."""
 
     def newest(self, count: int) -> list[dict[str, Any]]:
-        """The last `count` records that are there, in order of time. Call it first, with 0 for none."""
-        found: list[dict[str, Any]] = []
-        for stream in stream_names(self._directory):
-            wanted = count
-            for age, path in enumerate(reversed(segment_paths(self._directory, stream))):
-                if not wanted and age > 1:  # the writer may still be in the last but one
-                    self._skip(path)
-                    continue
-                tail = deque(self._new(path), maxlen=wanted)
-                found += (_decode(*place) for place in tail)
-                wanted -= len(tail)
-        found.sort(key=_moment)
-        return found[-count:] if count else []
+        """The last `count` records that are there, in order of time. Call it first, with 0 for none.
+
+        What was last written before the oldest of them is not read: a segment's time of change tells."""
+        found: list[tuple[tuple[int, int], int, dict[str, Any]]] = []  # a heap, the oldest first
+        number = 0
+        for last_ns, path, written in self._by_change():
+            if not count or (len(found) == count and last_ns + CHANGE_SLACK_NS < found[0][0][0]):
+                self._skip(path, written)
+                continue
+            for place in deque(self._new(path, written), maxlen=count):
+                record = _decode(*place)
+                number += 1
+                item = (_moment(record), number, record)
+                if len(found) < count:
+                    heapq.heappush(found, item)
+                else:
+                    heapq.heappushpop(found, item)
+        return [record for _, _, record in sorted(found)]
 
     def new(self) -> list[dict[str, Any]]:
         """What was written since the last call, in order of time."""
         found = [
             _decode(*place)
-            for stream in stream_names(self._directory)
-            for path in segment_paths(self._directory, stream)
-            for place in self._new(path)
+            for path, written in self._segments()
+            if path not in self._over
+            for place in self._new(path, written)
         ]
         found.sort(key=_moment)
         return found
 
-    def _skip(self, path: Path) -> None:
+    def _segments(self) -> list[tuple[Path, bool]]:
+        """Each, and whether an instance writes its stream or has left it without an end."""
+        names = list_directory(self._directory)
+        locked = {name.removesuffix(".lock") for name in names if name.endswith(".lock")}
+        return [
+            (path, stream in locked)
+            for stream, paths in all_segments(self._directory, names).items()
+            for path in paths
+        ]
+
+    def _by_change(self) -> list[tuple[int, Path, bool]]:
+        """With the time of its last change, the newest first."""
+        found = []
+        for path, written in self._segments():
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime_ns, path, written))
+        found.sort(key=lambda item: (item[0], item[1]), reverse=True)
+        return found
+
+    def _skip(self, path: Path, written: bool) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._places[path] = (path.stat().st_size, None)
+        if not written:
+            self._over.add(path)
 
-    def _new(self, path: Path) -> Iterator[tuple[Path, int, bytes]]:
-        if path in self._bad:
-            return
-        being_written = lock_path(self._directory, path.name.split(".")[0]).exists()
+    def _new(self, path: Path, being_written: bool) -> Iterator[tuple[Path, int, bytes]]:
         offset, head = self._places.get(path, (0, None))
         try:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
-                if size == offset and (offset or being_written):
-                    return
-                file.seek(0)
-                if not offset:
-                    head, offset = _open_segment(path, file)
-                for after, digest, record in read_frames(file, offset):
-                    if head is not None and chain.link(head, record) != digest:
-                        raise _bad(path, offset, f"{_name(record)} does not follow the chain: it was altered")
-                    place = (path, offset, record)
-                    offset, head = after, digest
+                if size != offset or not (offset or being_written):
+                    file.seek(0)
+                    if not offset:
+                        head, offset = _open_segment(path, file)
+                    for after, digest, record in read_frames(file, offset):
+                        if head is not None and chain.link(head, record) != digest:
+                            raise _bad(
+                                path, offset, f"{_name(record)} does not follow the chain: it was altered"
+                            )
+                        place = (path, offset, record)
+                        offset, head = after, digest
+                        self._places[path] = (offset, head)
+                        yield place
                     self._places[path] = (offset, head)
-                    yield place
-                self._places[path] = (offset, head)
-            if size > offset and not being_written:
-                raise _bad(path, offset, NO_RECORD)
+            if not being_written:
+                self._over.add(path)
+                if size > offset:
+                    raise _bad(path, offset, NO_RECORD)
         except FileNotFoundError:
             self._places.pop(path, None)
         except AuditError as error:
             if being_written and not offset:
                 return  # being made at this moment
-            self._bad.add(path)
+            self._over.add(path)
             self._damaged(error)
 
 

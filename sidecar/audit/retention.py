@@ -16,15 +16,16 @@ from sidecar.audit.batch import Header
 from sidecar.audit.ledger import DROPPED, REMOVED, RETIRED, Ledger
 from sidecar.audit.receipt import RECEIPT, Said, read_line
 from sidecar.audit.segment import (
+    all_segments,
     entries,
     is_live,
+    list_directory,
     lock_path,
     receipt_path,
     refusal_path,
     segment_number,
     segment_paths,
     signature_path,
-    stream_names,
 )
 from sidecar.audit.stream import OpenStream
 from sidecar.errors import AuditError
@@ -161,12 +162,11 @@ class Retention:
 
     def _pieces(self, own: Mapping[str, OpenStream]) -> list[_Piece]:
         found = []
-        for name in stream_names(self._directory):
+        for name, paths in all_segments(self._directory, list_directory(self._directory)).items():
             stream = own.get(name)
             ended = stream is None and not lock_path(self._directory, name).exists()
             if stream is None and not ended:
                 continue  # another instance's, or to be recovered
-            paths = segment_paths(self._directory, name)
             said = self.receipted(name)
             first_held = stream.segments[0].number if stream is not None else None
             for path in paths:

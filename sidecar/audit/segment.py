@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -209,6 +209,15 @@ def segment_paths(directory: Path, stream: str) -> list[Path]:
     start = f"{stream}."
     names = (name for name in os.listdir(directory) if name.startswith(start) and name.endswith(".seg"))
     return sorted(directory / name for name in names if name[len(start)].isdigit())
+
+
+def all_segments(directory: Path, names: Iterable[str]) -> dict[str, list[Path]]:
+    """The segments of each stream, oldest first, among the `names` of a directory's files; streams oldest first."""
+    found: dict[str, list[Path]] = {}
+    for name in sorted(names):
+        if name.endswith(".seg"):
+            found.setdefault(name.split(".")[0], []).append(directory / name)
+    return found
 
 
 def sizes_newest_first(paths: Sequence[Path]) -> list[tuple[Path, int]]:

@@ -382,3 +382,49 @@ def test_segments_that_retention_takes_away_are_no_damage(audit: Audit, tmp_path
     segment_paths(spool.directory, handle.stream)[0].unlink()
     done = audit("export", "--directory", spool.directory)
     assert (done.status, [row["seq"] for row in done.rows]) == (0, [2])
+
+
+def test_tail_reads_only_what_it_may_need(audit: Audit, closed: Path) -> None:
+    """A segment that was last written long before the newest records holds none of them."""
+    path = damage(closed, b"SELECT 1 AS wanted")
+    opened_ns = min(row["ts_ns"] for row in audit("export", "--directory", closed).rows)
+    os.utime(path, ns=(0, opened_ns - 120 * 10**9))
+    done = audit("tail", "--directory", closed, "-n", "4")
+    assert (done.status, done.err) == (0, "")
+    assert "SELECT 3 AS wanted" in done.out
+    more = audit("tail", "--directory", closed, "-n", "5")  # more than the other stream has
+    assert more.status == 1
+    assert str(path) in more.err
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from sidecar.audit import read
+from sidecar.audit.verify import verify
+def look(directory):
+    assert verify(directory).ok
+    exported = sum(1 for _ in read.joined(directory))
+    assert len(read.Follower(directory).newest(50)) == 50
+    return exported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for name in sys.argv[1:]: print(*look(Path(name)))
+"""
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
+    """The larger spool has 20 times as many, in more streams; as objects they would take above 100 MB."""
+    for name, streams, flows in (("small", 2, 250), ("large", 10, 1_000)):
+        spool = make_spool(tmp_path / name)
+        for _ in range(streams):
+            writer = writer_of(spool.open_stream("w"))
+            for number in range(flows):
+                writer.append_many(flow_of(number, "SELECT " + "x" * 100))
+            spool.commit()
+        spool.close()
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    (few, before), (many, after) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert (few, many) == (2_000, 40_000)
+    assert after - before < 8 * 1024**2
