@@ -82,6 +82,15 @@ class Audit(msgspec.Struct, frozen=True):
     responses: Responses
 
 
+class AuthorityConfig(msgspec.Struct, frozen=True):
+    """The local certificate authority. `permitted`: domains, addresses and CIDRs that it may vouch for; empty is all."""
+
+    directory: Path
+    lifetime_s: float
+    leaf_lifetime_s: float
+    permitted: tuple[str, ...]
+
+
 class TargetConfig(msgspec.Struct, frozen=True):
     """A destination that the configuration knows. `host` is a name, a wildcard (`*.internal`), an address or
     a CIDR, in lower case; `protocol` is None where the port decides, and `opaque` where its TLS passes
@@ -93,6 +102,12 @@ class TargetConfig(msgspec.Struct, frozen=True):
     protocol: str | None = None
     tls: TlsDocument | None = None
     pooler: str | None = None
+
+    def opens_tls(self) -> bool:
+        """Whether TLS of a client that speaks HTTP to it may be opened. Without `tls` it is: a declared target is to be inspected."""
+        if self.tls is not None and self.tls.mode in ("passthrough", "disable"):
+            return False
+        return self.protocol == "http" or (self.port in (443, None) and self.protocol in ("auto", None))
 
     def matches(self, address: str, port: int, names: Iterable[str]) -> bool:
         """`names` are those that the address is known by, in lower case."""
@@ -126,10 +141,16 @@ class Config(msgspec.Struct, frozen=True):
     audit: Audit
     upstream: Upstream | None
     hash_key_file: SecretFile | None
+    authority: AuthorityConfig
 
     def hash_key(self) -> bytes | None:
         """The key of the mask `hash`. Raises ConfigurationError."""
         return self.hash_key_file.read().reveal().encode() if self.hash_key_file else None
+
+    def opens_tls(self) -> bool:
+        """Whether the inspector may open TLS: of a target that speaks HTTP, or whatever speaks it on port 443, or of all. TLS of
+        PostgreSQL is not meant: its clients have no store of authorities that they take for granted."""
+        return self.steering.decrypt == "all" or any(target.opens_tls() for target in self.targets)
 
     def host_names(self) -> tuple[str, ...]:
         """Exact names of targets, for forward resolution."""
@@ -251,6 +272,12 @@ def _typed(document: ConfigurationDocument, file: Path | None) -> Config:
             else None
         ),
         hash_key_file=_secret(document.masks.hash_key, base),
+        authority=AuthorityConfig(
+            directory=base / document.tls.authority.directory,
+            lifetime_s=parse_duration(document.tls.authority.lifetime),
+            leaf_lifetime_s=parse_duration(document.tls.authority.leaf_lifetime),
+            permitted=document.tls.authority.permitted,
+        ),
     )
 
 
@@ -293,6 +320,7 @@ __all__ = [
     "AttachDocument",
     "Attribution",
     "Audit",
+    "AuthorityConfig",
     "Config",
     "EnvSource",
     "FileSource",

@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from sidecar.config_document import (
     DEFAULT_ALGORITHMS,
+    AuthorityDocument,
     AzureSource,
     BuildkiteSource,
     CgroupScope,
@@ -32,7 +33,8 @@ from sidecar.config_document import (
     TargetDocument,
 )
 from sidecar.documents import Lines, nearest, parse_duration, parse_size, suggestion
-from sidecar.errors import ConfigurationError
+from sidecar.errors import ConfigurationError, TrustError
+from sidecar.tls.names import Permitted
 
 PROTOCOLS: Final[tuple[str, ...]] = get_args(ProtocolName)
 MAX_PORTS: Final = 1024
@@ -43,6 +45,12 @@ MAX_RECORDED_BYTES: Final = 16 * 1024 * 1024
 MAX_RECORDED_ROWS: Final = 100_000
 MAX_LEEWAY_S: Final = 600.0
 MAX_COMMAND_S: Final = 30.0
+MIN_AUTHORITY_S: Final = 86_400.0
+MAX_AUTHORITY_S: Final = 7300 * 86_400.0
+"""Twenty years: a date beyond 2050 is written otherwise (RFC 5280 section 4.1.2.5), and no host lives so long."""
+MIN_LEAF_S: Final = 600.0
+MAX_LEAF_S: Final = 90 * 86_400.0
+MAX_PERMITTED: Final = 256
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 PATH_PLACEHOLDERS: Final = ("uid", "gid", "pid", "user")
 NAME_PLACEHOLDERS: Final = (
@@ -197,6 +205,7 @@ class Checker:
         self._audit(document)
         if document.upstream:
             self._url(document.upstream.url, "upstream", "url")
+        self._authority(document.tls.authority)
 
     def _steering(self, document: ConfigurationDocument) -> None:
         steering = document.steering
@@ -397,6 +406,41 @@ class Checker:
         self.size(audit.responses.max_bytes, "audit", "responses", "max_bytes", high=MAX_RECORDED_BYTES)
         if not 0 <= audit.responses.max_rows <= MAX_RECORDED_ROWS:
             raise self.fail(f"is outside 0 to {MAX_RECORDED_ROWS}", "audit", "responses", "max_rows")
+
+    def _authority(self, authority: AuthorityDocument) -> None:
+        place = ("tls", "authority")
+        if not authority.directory:
+            raise self.fail("is empty", *place, "directory")
+        whole = self.duration(authority.lifetime, *place, "lifetime", high=MAX_AUTHORITY_S)
+        if whole < MIN_AUTHORITY_S:
+            raise self.fail(
+                f"{authority.lifetime} is less than a day", *place, "lifetime", hint="such as 3650d"
+            )
+        leaf = self.duration(authority.leaf_lifetime, *place, "leaf_lifetime", high=MAX_LEAF_S)
+        if leaf < MIN_LEAF_S:
+            raise self.fail(
+                f"{authority.leaf_lifetime} is less than 10 minutes: clocks differ by more",
+                *place,
+                "leaf_lifetime",
+                hint="such as 24h",
+            )
+        if leaf > whole:
+            raise self.fail(
+                "is longer than tls.authority.lifetime", *place, "leaf_lifetime", hint="such as 24h"
+            )
+        if len(authority.permitted) > MAX_PERMITTED:
+            raise self.fail(f"at most {MAX_PERMITTED} names", *place, "permitted")
+        for index, entry in enumerate(authority.permitted):
+            try:
+                Permitted.parse((entry,))
+            except TrustError as error:
+                raise self.fail(
+                    str(error),
+                    *place,
+                    "permitted",
+                    index,
+                    hint=error.hint or "such as corp.example or 10.0.0.0/8",
+                ) from error
 
     def _url(self, text: str, *path: Step) -> SplitResult:
         try:

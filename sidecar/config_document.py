@@ -16,6 +16,7 @@ from sidecar.errors import ConfigurationError
 from sidecar.model.secret import Secret
 
 DEFAULT_AUDIT_DIRECTORY: Final = "/var/lib/sidecar/audit"
+DEFAULT_AUTHORITY_DIRECTORY: Final = "/var/lib/sidecar/ca"
 DEFAULT_PORTS: Final = {5432: "postgres", 80: "auto", 443: "auto", 8080: "auto"}
 DEFAULT_ENGINES: Final = ("unix:///run/docker.sock", "unix:///run/podman/podman.sock")
 DEFAULT_EXCLUDE: Final = ("169.254.0.0/16",)
@@ -267,6 +268,17 @@ class MasksDocument(Shape, frozen=True):
     hash_key: SecretFile | None = None
 
 
+class AuthorityDocument(Shape, frozen=True):
+    directory: str = DEFAULT_AUTHORITY_DIRECTORY
+    lifetime: str | int = "3650d"
+    leaf_lifetime: str | int = "24h"
+    permitted: tuple[str, ...] = ()
+
+
+class LocalTlsDocument(Shape, frozen=True):
+    authority: AuthorityDocument = AuthorityDocument()
+
+
 class ConfigurationDocument(Shape, frozen=True):
     steering: SteeringDocument = SteeringDocument()
     identity: IdentityDocument = IdentityDocument()
@@ -276,3 +288,4 @@ class ConfigurationDocument(Shape, frozen=True):
     audit: AuditDocument = AuditDocument()
     upstream: UpstreamDocument | None = None
     masks: MasksDocument = MasksDocument()
+    tls: LocalTlsDocument = LocalTlsDocument()

@@ -8,6 +8,7 @@
     ├── LimitExceeded         a named limit was passed; ends that flow
     ├── IdentityError         a token was not accepted; carries a closed reason
     ├── AuditError            a record could not be stored, or a chain does not hold
+    ├── TrustError            the local authority or a trust store is not as it has to be   exit 3
     └── ControlError          the control socket refused or could not be reached
         └── NotAllowedError   it knows who asks, and that takes somebody else        exit 3
 
@@ -85,6 +86,12 @@ class IdentityError(SidecarError):
 
 class AuditError(SidecarError):
     """A record could not be stored, or a chain, signature or receipt does not hold."""
+
+
+class TrustError(SidecarError):
+    """The local authority's files, or a trust store, are not as they have to be, or a name cannot have a certificate."""
+
+    exit_code = 3
 
 
 class ControlError(SidecarError):

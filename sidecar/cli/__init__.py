@@ -38,6 +38,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "approvals": ("sidecar.cli.approvals:approvals", "Statements that wait for a decision."),
     "audit": ("sidecar.cli.audit:audit", "Follow, show, export and verify the records."),
     "why": ("sidecar.cli.why:why", "Why a statement or request was refused, and what to do."),
+    "ca": ("sidecar.cli.ca:ca", "The local certificate authority."),
     "collector": ("sidecar.cli.collector:collector", "The upstream: ingest, store, web pages, API."),
 }
 

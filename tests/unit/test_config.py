@@ -54,6 +54,9 @@ def test_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found.audit.requests.max_bytes == 65_536
     assert (found.audit.responses.max_rows, found.audit.responses.max_bytes) == (100, 65_536)
     assert (found.policy, found.upstream, found.targets, found.hash_key()) == (None, None, (), None)
+    assert found.authority.directory == Path("/var/lib/sidecar/ca")
+    assert (found.authority.lifetime_s, found.authority.leaf_lifetime_s) == (3650 * 86_400, 86_400)
+    assert found.authority.permitted == ()
 
 
 def test_the_default_file_is_used_where_it_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,12 +86,14 @@ def test_paths_are_meant_from_the_file(load: Any, tmp_path: Path) -> None:
     found = load(
         "policy: rules/policy.yaml\n"
         "audit: {directory: spool}\n"
+        "tls: {authority: {directory: ca}}\n"
         "masks: {hash_key: {file: key}}\n"
         "identity: {issuers: [{issuer: https://i.test, audience: a, jwks: keys.json}]}\n"
         "targets: [{name: a, host: a.test, protocol: postgres, tls: {mode: verify-ca, ca: ca.pem}}]\n"
     )
     assert found.policy == tmp_path / "rules/policy.yaml"
     assert found.audit.directory == tmp_path / "spool"
+    assert found.authority.directory == tmp_path / "ca"
     assert found.identity.issuers[0].jwks == str(tmp_path / "keys.json")
     assert found.targets[0].tls.ca == str(tmp_path / "ca.pem")
     assert found.hash_key() == b"k3y"
@@ -155,6 +160,26 @@ def test_names_to_resolve_and_passthrough(load: Any) -> None:
     found = load(TARGETS)
     assert set(found.host_names()) == {"orders.internal", "through.test"}
     assert found.targets[-1].protocol == "opaque"
+
+
+@pytest.mark.parametrize(
+    ("target", "opens"),
+    [
+        ("protocol: http", True),
+        ("protocol: http, port: 8443", True),
+        ("port: 443", True),
+        ("port: 443, protocol: auto", True),
+        ("port: 443, protocol: opaque", False),
+        ("protocol: http, tls: {mode: passthrough}", False),
+        ("protocol: http, tls: {mode: disable}", False),
+        ("port: 443, tls: {mode: passthrough}", False),
+        ("protocol: postgres, tls: {mode: verify-full}", False),
+        ("port: 5432", False),
+    ],
+)
+def test_whether_tls_is_opened(load: Any, target: str, opens: bool) -> None:
+    assert load(f"targets: [{{name: a, host: a.test, {target}}}]").opens_tls() is opens
+    assert load("{}").opens_tls() is False
 
 
 # -- secrets
@@ -324,6 +349,18 @@ REFUSED = [
     ("upstream:\n  url: 'https://u:hunter2@host/'\n", 2, "credentials"),
     ("masks:\n  hash_key: hunter2\n", 2, "hash_key"),
     ("masks:\n  hash_key: {path: /x}\n", 2, "file"),
+    ("tls: {authority: {directory: ''}}\n", 1, "empty"),
+    ("tls:\n  authority:\n    lifetime: 1h\n", 3, "3650d"),
+    ("tls:\n  authority:\n    lifetime: 9000d\n", 3, "more than"),
+    ("tls:\n  authority:\n    lifetime: long\n", 3, "duration"),
+    ("tls:\n  authority:\n    leaf_lifetime: 5m\n", 3, "24h"),
+    ("tls:\n  authority:\n    leaf_lifetime: 365d\n", 3, "more than"),
+    ("tls:\n  authority:\n    lifetime: 1d\n    leaf_lifetime: 2d\n", 4, "tls.authority.lifetime"),
+    ("tls:\n  authority:\n    permitted: ['*.corp.example']\n", 3, "corp.example covers itself"),
+    ("tls:\n  authority:\n    permitted:\n      - a.example\n      - 10.0.0.1/8\n", 5, "host bits"),
+    ("tls:\n  authority:\n    permitted: ['a b']\n", 3, "such as corp.example"),
+    ("tls:\n  authority:\n    permited: []\n", 3, "permitted"),
+    ("tls: {mode: require}\n", 1, "authority"),
     ("steering: [\n", 2, "YAML"),
     ("steering: {scope: all}\nsteering: {scope: exec}\n", 2, "twice"),
     ("- a\n- b\n", 1, "a mapping (name: value) is expected here, not a list"),
@@ -391,7 +428,7 @@ def settings_of(info: msgspec.inspect.Type, path: tuple[str, ...] = ()) -> set[s
 
 SETTINGS = settings_of(msgspec.inspect.type_info(ConfigurationDocument))
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
-SECTIONS = {"steering", "identity", "targets", "audit", "masks"}
+SECTIONS = {"steering", "identity", "targets", "audit", "masks", "tls"}
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS - SECTIONS))
