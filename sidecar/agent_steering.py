@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from sidecar.proxy import limits
 log = logging.getLogger("sidecar")
 
 MAX_DRIFTS_SHOWN: Final = 32
+LOOK_PAUSE_S: Final = 0.02
+"""Between two looks at the kernel's state: somebody who changes our table again and again costs no more than fifty a second."""
 
 
 class Gap(Protocol):
@@ -40,11 +43,14 @@ class SteeringWatch:
         self.refused = 0
         self._heard = heard
         self._gap = gap
+        self._look = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "kernel")
 
     async def start(self) -> None:
         """Raises PrerequisiteError or SteeringError; nothing stands in the kernel then."""
         await self._call(self._start)
+        assert self.steering.changes is not None
+        asyncio.get_running_loop().add_reader(self.steering.changes.fileno(), self._table_changed)
 
     def _start(self) -> None:
         self.steering.start()
@@ -57,6 +63,7 @@ class SteeringWatch:
         """The heartbeat that lets covered connections through: written only after the kernel state was verified, and with
         the time at which a worker last spoke: one that hangs is refused as soon as one that is gone."""
         while True:
+            self._look.clear()
             heard = self._heard()
             if heard is not None:
                 try:
@@ -65,7 +72,21 @@ class SteeringWatch:
                 except (SidecarError, OSError) as error:
                     log.error("steering could not be verified; new connections are refused: %s", error)
             await self.take_events()
-            await asyncio.sleep(limits.BEAT_INTERVAL_S)
+            await asyncio.sleep(LOOK_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limits.BEAT_INTERVAL_S - LOOK_PAUSE_S):
+                    await self._look.wait()
+
+    def _table_changed(self) -> None:
+        """Looked at now and not with the next beat: until it is repaired the guard drops what we would have steered."""
+        changes = self.steering.changes
+        assert changes is not None
+        try:
+            if changes.touched():
+                self._look.set()
+        except OSError as error:
+            log.error("changes of nftables are only noticed with the next beat: %s", error)
+            asyncio.get_running_loop().remove_reader(changes.fileno())
 
     def _drifted(self, drift: Drift) -> None:
         self.drift_count += 1
@@ -94,6 +115,8 @@ class SteeringWatch:
 
     async def close(self) -> None:
         """Steer nothing any more. Also after a failed `start`."""
+        if self.steering.changes is not None:
+            asyncio.get_running_loop().remove_reader(self.steering.changes.fileno())
         try:
             await self._call(self.steering.close)
         finally:

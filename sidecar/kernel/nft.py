@@ -2,8 +2,8 @@
 
 A pure builder (`table_plan`) says what the table holds; `apply` writes it in one batch and reads the kernel's state back,
 because the batch's acknowledgements are not read (pyroute2 0.9.7): order, operands and hooks must be what was asked for.
-`differences` compares again at every heartbeat, where the namespace's generation number says that anybody's table changed
-(one message of 20 bytes; nothing is dumped on a quiet host, however large its own tables are).
+`differences` compares again at every heartbeat, and when `nft_watch` hears of a change, where the namespace's generation number says
+that anybody's table changed (one message of 20 bytes; nothing is dumped on a quiet host, however large its own tables are).
 
     table inet sidecar_<instance> {
         chain steer   { type nat hook output priority -110;

@@ -18,6 +18,7 @@ from typing import Final
 
 from sidecar.errors import SidecarError, SteeringError
 from sidecar.kernel import abi, cgroups, loader, maps, nft, run_state
+from sidecar.kernel.nft_watch import TableWatch
 from sidecar.kernel.removal import remove_all as remove_all
 from sidecar.kernel.removal import remove_dead
 from sidecar.kernel.removal import traces as traces
@@ -155,6 +156,8 @@ class Steering:
     _bridges: frozenset[str] = frozenset()
     _attached: list[_Attachment] = field(default_factory=list)
     _table: nft.Table | None = None
+    changes: TableWatch | None = None
+    """Readable when somebody, we as well, has changed nftables; belongs to whoever waits for it. None before `start`."""
     _events: EventReader | None = None
     _owned: list[int] = field(default_factory=list)
     _swept: float = 0.0
@@ -189,6 +192,7 @@ class Steering:
         self._table = nft.Table(
             plan.instance, self.mark, plan.listen_port, self._container_rules(plan.bridges)
         )
+        self.changes = TableWatch(self._table.name)
         self._table.apply()
         root = cgroups.cgroup2_mount()
         self._attach("sidecar_bind4", root)
@@ -377,6 +381,9 @@ class Steering:
             with contextlib.suppress(SidecarError):
                 self._table.delete()
             self._table = None
+        if self.changes is not None:
+            self.changes.close()
+            self.changes = None
         if self._events is not None:
             self._events.close()
             self._events = None

@@ -7,12 +7,10 @@ It runs in the near namespace: scope `all` covers this whole machine, but connec
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,7 @@ from sidecar.kernel import cgroups, removal, run_state, steering
 from tests.support.far_host import FarHost
 from tests.support.http_far import HttpFar
 from tests.support.job_cgroup import job_cgroup
-from tests.support.running_agent import Run, ask, is_steered
+from tests.support.running_agent import Run, ask, exported, is_steered
 from tests.support.steered_job import SIDECAR
 
 pytestmark = [pytest.mark.root, pytest.mark.servers]
@@ -31,12 +29,6 @@ pytestmark = [pytest.mark.root, pytest.mark.servers]
 def hosts() -> Iterator[FarHost]:
     with FarHost() as hosts, HttpFar(hosts):
         yield hosts
-
-
-def exported(audit: Path) -> list[dict[str, Any]]:
-    command = [SIDECAR, "audit", "export", "--directory", str(audit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def nothing_is_left(run: Run) -> None:

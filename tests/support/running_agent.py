@@ -106,3 +106,9 @@ def ask(hosts: FarHost, cgroup: Path | None) -> str:
 def is_steered(answer: str) -> bool:
     assert '"customers"' in answer
     return "[redacted]" in answer
+
+
+def exported(audit: Path) -> list[dict[str, Any]]:
+    command = [SIDECAR, "audit", "export", "--directory", str(audit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return [json.loads(line) for line in done.stdout.splitlines()]
