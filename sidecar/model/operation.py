@@ -19,6 +19,8 @@ class SqlOperation:
     user: str | None
     parameters: tuple[str | bytes | None, ...] | None = None
     standard_conforming_strings: bool = True
+    bodies_known: bool = False
+    """The caller has the bodies of the users' own functions, and judges by them what these may read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,10 @@ class MaskPlan(Protocol):
         """The mask for a column. None for schema or table means unknown, which matches every pattern's schema or table."""
         ...
 
+    def may_mask_table(self, schema: str, table: str) -> bool:
+        """Whether a pattern is about a table of this name; `schema` empty: any."""
+        ...
+
     def column_names(self) -> frozenset[str]:
         """Last components of all column patterns, lower case; `*` where a pattern ends in one."""
         ...
@@ -125,6 +129,15 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionMade:
+    """A new function or operator. `language` empty: its body is not at hand."""
+
+    name: str
+    language: str = ""
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogChanges:
     """What a statement does to definitions, so that facts about the database can be doubted until they are read anew."""
 
@@ -134,8 +147,9 @@ class CatalogChanges:
     """Names of relations that may show other columns than before."""
     altered: tuple[str, ...] = ()
     """Tables with new columns, types or constraints."""
-    functions: tuple[str, ...] = ()
-    """New functions and operators."""
+    functions: tuple[FunctionMade, ...] = ()
+    triggers: tuple[str, ...] = ()
+    """Tables with new triggers; empty: an event trigger, or code that may have made one."""
     anything: bool = False
 
 
@@ -173,6 +187,8 @@ class SqlFacts:
     may_move: bool = False
     """Writes, copies or calls what could move a masked column, or is judged more strictly: to be judged by the catalog too."""
     changes: CatalogChanges | None = None
+    looks_at_no_row: bool = False
+    """Definitions, settings and the like: no row of a table is looked at, so that no message can quote one."""
     names: tuple[NameUse, ...] = ()
     """In their order in the text."""
     password_spans: tuple[tuple[int, int], ...] = ()

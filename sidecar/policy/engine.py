@@ -24,7 +24,7 @@ from sidecar.policy.masks import EMPTY, NamedRelations, Plan
 from sidecar.policy.reach import ANYTHING, CLEAN, FUNCTION, MASKED, Flows, together
 from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
 from sidecar.policy.sql_names import RETURNS_NAMED
-from sidecar.policy.sql_vocabulary import MOVING, SINKS, TABLE_BY_NAME
+from sidecar.policy.sql_vocabulary import LOOK_AT_NO_ROW, MOVING, SINKS, TABLE_BY_NAME
 
 CACHE_ENTRIES: Final = 4_096
 CACHE_BYTES: Final = 8 * 1024 * 1024
@@ -217,6 +217,7 @@ class Policy:
             operation.database,
             operation.user,
             operation.standard_conforming_strings,
+            operation.bodies_known,
             bisect.bisect_right(self._untils, self._now(facts)) if self._untils else 0,
         )
         known = self._cache.get(key)
@@ -297,7 +298,7 @@ class Policy:
         record_plan = masks.merge([rule.plan for rule in masking])
         facts = None
         if analysis is not None and isinstance(operation, SqlOperation):
-            facts = self._facts(analysis, plan, record_plan, operation.text)
+            facts = self._facts(analysis, plan, record_plan, operation)
         # Every statement is judged; the strictest wins, the first of equals.
         ranked = [
             (*self._outcome(outcome.decided, operation, plan, facts, part), outcome)
@@ -427,7 +428,7 @@ class Policy:
             return "it calls a function that cannot be looked into"
         return None
 
-    def _refusal(self, analysis: sql.Analysis, plan: Plan) -> str | None:
+    def _refusal(self, analysis: sql.Analysis, plan: Plan, *, functions: bool) -> str | None:
         """Why the statement is refused, as far as its text says: names of tables and columns stand for what they name."""
         if not plan.has_columns:
             return None
@@ -439,7 +440,7 @@ class Policy:
             plan.may_mask_table(table.schema, table.name) for table in analysis.reads | analysis.writes
         )
         stored = any(touched if column == "*" else plan.may_mask_column(column) for column in analysis.stored)
-        flows = _flows(analysis, plan)
+        flows = _flows(analysis, plan, functions=functions)
         return self.refuses_reach(
             moved=together(flow.moved for flow in flows) | (MASKED if stored or named else CLEAN),
             probed=together(flow.probed for flow in flows),
@@ -456,7 +457,9 @@ class Policy:
             or not (SINKS | TABLE_BY_NAME).isdisjoint(analysis.functions)
         )
 
-    def _facts(self, analysis: sql.Analysis, plan: Plan, record_plan: Plan, text: str) -> SqlFacts:
+    def _facts(
+        self, analysis: sql.Analysis, plan: Plan, record_plan: Plan, operation: SqlOperation
+    ) -> SqlFacts:
         """What the session needs. A name stands for what it names: whether it is a view of something else is the catalog's word,
         which the session has. For the record, a column's name counts whatever its relation is."""
         tables = analysis.reads | analysis.writes
@@ -467,7 +470,7 @@ class Policy:
                 return False
             return touched if column == "*" else record_plan.may_mask_column(column)
 
-        raw = text.encode("utf-8", "surrogateescape")
+        raw = operation.text.encode("utf-8", "surrogateescape")
         spans = [
             span
             for column, offset in analysis.bound_literals
@@ -484,16 +487,20 @@ class Policy:
                 any(use.act in RETURNS_NAMED for use in analysis.names)
                 or self.masks_reach(together(flow.derived for flow in _flows(analysis, record_plan)))
             ),
-            refusal=self._refusal(analysis, plan),
+            refusal=self._refusal(analysis, plan, functions=not operation.bodies_known),
             may_move=plan.has_columns and self._may_move(analysis),
             changes=analysis.changes,
             names=analysis.names,
+            looks_at_no_row=all(
+                part.tree is not None and part.tree.DESCRIPTOR.name in LOOK_AT_NO_ROW
+                for part in analysis.parts or [analysis]
+            ),
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
             masked_parameters=tuple(number for column, number in analysis.bound_parameters if bound(column)),
         )
 
 
-def _flows(analysis: sql.Analysis, plan: Plan) -> list[Flows]:
-    relations = NamedRelations(plan)
+def _flows(analysis: sql.Analysis, plan: Plan, *, functions: bool = True) -> list[Flows]:
+    relations = NamedRelations(plan, functions)
     return [trace(part.tree, relations) for part in analysis.parts or [analysis] if part.tree is not None]

@@ -77,7 +77,9 @@ class Values:
         elif name in ("SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt"):
             return reach_of_all(self.query(node, scope, ctes))
         found = CLEAN
-        if name == "A_Expr" and any(self.relations.is_own(part) for part in strings(node.name)):
+        if name == "A_Expr" and any(
+            self.relations.is_own(part) and self.relations.may_read(part) for part in strings(node.name)
+        ):
             found = FUNCTION
         return found | self.values(self.below(node), scope, ctes, depth + 1)
 
@@ -142,13 +144,15 @@ class Values:
         return scope.qualified("", names[0], steps[0].sval)
 
     def is_own(self, names: list[str]) -> bool:
-        """Whether a function of this name may be the user's own: its body is not in the text, and may read any table."""
+        """Whether a function of this name may be the user's own, whose body is not in the text, and may read a masked column."""
         if not names:
             return True
         schema = names[-2] if len(names) > 1 else ""
         if schema == "pg_catalog" and names[-1] in builtin_functions():
             return False
-        return bool(schema) or names[-1] not in builtin_functions() or self.relations.is_own(names[-1])
+        if not schema and names[-1] in builtin_functions() and not self.relations.is_own(names[-1]):
+            return False
+        return self.relations.may_read(names[-1])
 
     def _call(self, node: Any, scope: Scope, ctes: dict[str, tuple[Item, ...]], depth: int) -> int:
         names = strings(node.funcname)

@@ -301,6 +301,8 @@ class NamedRelations:
     """policy.reach.Relations without a catalog: a table is what its name says, and its columns are not known."""
 
     plan: Plan
+    functions: bool = True
+    """Whether functions that are not PostgreSQL's may read what is masked; the catalog, which has their bodies, knows better."""
 
     def columns(self, table: Table) -> tuple[str, ...] | None:
         return None
@@ -316,3 +318,6 @@ class NamedRelations:
 
     def is_own(self, function: str) -> bool:
         return False
+
+    def may_read(self, function: str) -> bool:
+        return self.functions

@@ -58,6 +58,10 @@ class Relations(Protocol):
         """Whether a user's own function or operator may stand under this name, although PostgreSQL brings one too."""
         ...
 
+    def may_read(self, function: str) -> bool:
+        """Whether what a user's own function or operator of this name returns may hold a masked column."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Flows:

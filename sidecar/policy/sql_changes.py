@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sidecar.model.verdict import CatalogChanges
-from sidecar.policy.sql_tree import strings, unwrap
+from sidecar.model.verdict import CatalogChanges, FunctionMade
+from sidecar.policy.sql_tree import names_in, strings, unwrap
 
 _HARMLESS: Final = frozenset(
     {"IndexStmt", "DropStmt", "TruncateStmt", "CommentStmt", "GrantStmt", "GrantRoleStmt", "CreateSeqStmt", "AlterSeqStmt",
      "CreateSchemaStmt", "CreateRoleStmt", "AlterRoleStmt", "AlterRoleSetStmt", "DropRoleStmt", "CreateEnumStmt", "AlterEnumStmt",
-     "CompositeTypeStmt", "CreateStatsStmt", "CreatePolicyStmt", "AlterPolicyStmt", "AlterOwnerStmt", "CreateTrigStmt",
+     "CompositeTypeStmt", "CreateStatsStmt", "CreatePolicyStmt", "AlterPolicyStmt", "AlterOwnerStmt",
      "CreateTableSpaceStmt", "RefreshMatViewStmt", "ReindexStmt", "AlterDatabaseSetStmt", "AlterDefaultPrivilegesStmt",
      "CreatePublicationStmt", "AlterPublicationStmt", "SecLabelStmt", "CreateDomainStmt"}
 )  # fmt: skip
@@ -45,13 +45,33 @@ def changes_of(statement: Any) -> CatalogChanges:
     if name in ("RuleStmt", "AlterObjectSchemaStmt", "RenameStmt"):
         return _renamed(statement, name)
     if name == "CreateFunctionStmt":
-        return CatalogChanges(functions=tuple(strings(statement.funcname)[-1:]))
+        return CatalogChanges(functions=(_function(statement),))
     if name == "DefineStmt":
-        return CatalogChanges(functions=tuple(strings(statement.defnames)[-1:]))
+        # Of an aggregate or an operator, the functions that it is made of are its body.
+        words = " ".join(sorted(names_in(statement, 0)))
+        return CatalogChanges(
+            functions=tuple(
+                FunctionMade(made, "internal", words) for made in strings(statement.defnames)[-1:]
+            )
+        )
+    if name == "CreateTrigStmt":
+        return CatalogChanges(triggers=(statement.relation.relname,))
     if name in _HARMLESS:
         return NOTHING
     defines = name in ("DoStmt", "CallStmt", "LoadStmt", "ImportForeignSchemaStmt")
-    return CatalogChanges(anything=defines or name.startswith(("Create", "Alter")))
+    unseen = defines or name in ("CreateEventTrigStmt", "AlterEventTrigStmt", "CreateExtensionStmt")
+    return CatalogChanges(
+        anything=defines or name.startswith(("Create", "Alter")), triggers=("",) if unseen else ()
+    )
+
+
+def _function(statement: Any) -> FunctionMade:
+    name = (strings(statement.funcname) or [""])[-1]
+    options = {unwrap(option).defname: unwrap(unwrap(option).arg) for option in statement.options}
+    body, language = options.get("as"), options.get("language")
+    if body is None or language is None or statement.HasField("sql_body"):
+        return FunctionMade(name)
+    return FunctionMade(name, language.sval.lower(), "".join(strings(body.items)[:1]))
 
 
 def _renamed(statement: Any, name: str) -> CatalogChanges:

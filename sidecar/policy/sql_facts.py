@@ -96,7 +96,8 @@ def together(parts: list[Analysis]) -> Analysis:
         made=tuple(name for change in changes for name in change.made),
         redefined=tuple(name for change in changes for name in change.redefined),
         altered=tuple(name for change in changes for name in change.altered),
-        functions=tuple(name for change in changes for name in change.functions),
+        functions=tuple(made for change in changes for made in change.functions),
+        triggers=tuple(name for change in changes for name in change.triggers),
         anything=any(change.anything for change in changes),
     )
     return found

@@ -75,6 +75,23 @@ STATEMENT_KINDS: Final = frozenset(
     }
 )
 """Every word that `statement` may ask for."""
+LOOK_AT_NO_ROW: Final = frozenset(
+    {"VariableSetStmt", "VariableShowStmt", "DropStmt", "DropRoleStmt", "DropdbStmt", "DropOwnedStmt",
+     "DropTableSpaceStmt", "DropSubscriptionStmt", "DropUserMappingStmt", "CommentStmt", "GrantStmt", "GrantRoleStmt",
+     "CreateStmt", "CreateSeqStmt", "AlterSeqStmt", "CreateRoleStmt", "AlterRoleStmt", "AlterRoleSetStmt", "CreateEnumStmt",
+     "AlterEnumStmt", "CompositeTypeStmt", "CreateDomainStmt", "CreateStatsStmt", "CreatePolicyStmt", "AlterPolicyStmt",
+     "AlterOwnerStmt", "AlterObjectSchemaStmt", "AlterObjectDependsStmt", "AlterDefaultPrivilegesStmt", "CreateTrigStmt",
+     "CreateEventTrigStmt", "AlterEventTrigStmt", "CreateFunctionStmt", "AlterFunctionStmt", "CreateCastStmt",
+     "CreateConversionStmt", "CreateOpClassStmt", "CreateOpFamilyStmt", "AlterOpFamilyStmt", "AlterOperatorStmt",
+     "AlterTypeStmt", "CreatePLangStmt", "CreateTransformStmt", "CreateExtensionStmt", "AlterExtensionStmt",
+     "AlterExtensionContentsStmt", "CreateFdwStmt", "AlterFdwStmt", "CreateForeignServerStmt", "AlterForeignServerStmt",
+     "CreateUserMappingStmt", "AlterUserMappingStmt", "CreateForeignTableStmt", "CreateAmStmt", "CreateRangeStmt",
+     "CreateTableSpaceStmt", "AlterTableSpaceOptionsStmt", "CreatedbStmt", "AlterDatabaseStmt", "AlterDatabaseSetStmt",
+     "CreatePublicationStmt", "AlterPublicationStmt", "CreateSubscriptionStmt", "AlterSubscriptionStmt", "DefineStmt",
+     "ViewStmt", "RuleStmt", "RenameStmt", "SecLabelStmt", "ListenStmt", "UnlistenStmt", "LockStmt", "DiscardStmt",
+     "DeallocateStmt", "PrepareStmt", "ClosePortalStmt", "CheckPointStmt", "ReassignOwnedStmt"}
+)  # fmt: skip
+"""Nodes of statements that look at no row of a table. Not among them: ALTER TABLE, CREATE INDEX and whatever checks rows."""
 ONLY_WRITTEN: Final = frozenset(
     {"InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt", "TruncateStmt", "CreateStmt", "AlterTableStmt"}
 )

@@ -10,6 +10,7 @@ from typing import Final
 
 from sidecar.codecs.postgres.messages import Column
 from sidecar.model.verdict import CatalogChanges, MaskPlan, ValueMask
+from sidecar.session.postgres_functions import Functions
 
 FIRST_USER_OID = 16384
 """FirstNormalObjectId: lower ones are the system's own."""
@@ -17,6 +18,8 @@ FIRST_USER_OID = 16384
 _STATISTICS: Final = ("most_common_", "histogram_bounds", "range_", "stavalues", "stxd")
 """Columns of the planner's statistics that show values of other tables begin so."""
 _STATISTICS_TABLES: Final = ("pg_stats", "pg_statistic")
+PLANS_MAX: Final = 8
+_NONE: Final[frozenset[str]] = frozenset()
 _SYSTEM_SCHEMAS: Final = frozenset({"pg_catalog", "information_schema"})
 
 SNAPSHOT_QUERY = b"""
@@ -48,7 +51,7 @@ SELECT DISTINCT 'o', r.ev_class::pg_catalog.text, pg_catalog.split_part(u.part, 
  WHERE r.ev_class OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid AND r.ev_type OPERATOR(pg_catalog.=) '1'::pg_catalog."char"
    AND u.at OPERATOR(pg_catalog.>) 1
 UNION ALL
-SELECT DISTINCT 'w', r.ev_class::pg_catalog.text, '', '', '', ''
+SELECT DISTINCT 'w', r.ev_class::pg_catalog.text, p.proname::pg_catalog.text, '', '', ''
   FROM pg_catalog.pg_depend d
   JOIN pg_catalog.pg_rewrite r ON r.oid OPERATOR(pg_catalog.=) d.objid
   JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.refobjid
@@ -69,6 +72,28 @@ SELECT DISTINCT 'p', names.name::pg_catalog.text, '', '', '', ''
        SELECT 1 FROM pg_catalog.pg_depend e
         WHERE e.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass
           AND e.objid OPERATOR(pg_catalog.=) p.oid AND e.deptype OPERATOR(pg_catalog.=) 'e'::pg_catalog."char"))
+UNION ALL
+SELECT DISTINCT 'b', names.name::pg_catalog.text, l.lanname::pg_catalog.text,
+       CASE WHEN p.prokind OPERATOR(pg_catalog.=) 'a'::pg_catalog."char"
+            THEN (SELECT pg_catalog.concat_ws(' ', a.aggtransfn::pg_catalog.text, a.aggfinalfn::pg_catalog.text,
+                         a.aggcombinefn::pg_catalog.text, a.aggserialfn::pg_catalog.text, a.aggdeserialfn::pg_catalog.text,
+                         a.aggmtransfn::pg_catalog.text, a.aggminvtransfn::pg_catalog.text, a.aggmfinalfn::pg_catalog.text)
+                    FROM pg_catalog.pg_aggregate a WHERE a.aggfnoid OPERATOR(pg_catalog.=) p.oid)
+            WHEN l.lanname OPERATOR(pg_catalog.=) ALL (ARRAY['c']::pg_catalog.name[])
+              OR pg_catalog.length(p.prosrc) OPERATOR(pg_catalog.>) 65536 THEN ''
+            ELSE p.prosrc END, '', ''
+  FROM pg_catalog.pg_proc p
+  JOIN pg_catalog.pg_language l ON l.oid OPERATOR(pg_catalog.=) p.prolang
+  LEFT JOIN pg_catalog.pg_operator o ON o.oprcode OPERATOR(pg_catalog.=) p.oid,
+       LATERAL (VALUES (p.proname), (o.oprname)) names(name)
+ WHERE p.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid AND names.name IS NOT NULL
+UNION ALL
+SELECT DISTINCT 't', t.tgrelid::pg_catalog.text, p.proname::pg_catalog.text, '', '', ''
+  FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) t.tgfoid
+ WHERE NOT t.tgisinternal
+UNION ALL
+SELECT DISTINCT 't', '0', p.proname::pg_catalog.text, '', '', ''
+  FROM pg_catalog.pg_event_trigger e JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) e.evtfoid
 UNION ALL
 SELECT 'i', i.inhrelid::pg_catalog.text, i.inhparent::pg_catalog.text, '', '', '' FROM pg_catalog.pg_inherits i
 """
@@ -99,8 +124,13 @@ class Catalog:
         """What the rule of a view says its columns are: another relation's own, or (0, 0). A rule is kept as a tree (pg_node_tree), in
         which every entry of a target list ends in `:resno 1 :resname a :ressortgroupref 0 :resorigtbl 0 :resorigcol 0`; names have
         their spaces escaped. Those of queries inside are among them: a column is another's own only where all of its number are."""
-        self._calling: set[int] = set()
-        """Views that call functions of the users' own."""
+        self._calling: dict[int, set[str]] = {}
+        """The users' own functions that views call."""
+        self._triggers: dict[int, set[str]] = {}
+        """Functions that a table's triggers call; under 0 those of event triggers."""
+        self._triggered: set[str] = set()
+        """Tables that got triggers since; empty: event triggers may have come."""
+        self.functions = Functions()
         self._parents: dict[int, set[int]] = {}
         self.own: set[str] = set()
         """Names of the users' own functions and operators; one of PostgreSQL's may have the same."""
@@ -111,6 +141,9 @@ class Catalog:
         self._all_doubtful = False
         self._plan: MaskPlan | None = None
         self._masks: dict[tuple[int, int], ValueMask | None] = {}
+        self._reading: dict[int, tuple[MaskPlan, frozenset[str], frozenset[str]]] = {}
+        """By the identity of a plan: functions that may read what it masks, and relations that show it."""
+        self._suspects: frozenset[str] | None = None
 
     def load(self, rows: list[list[bytes | None]], codec: str | None = "utf-8") -> None:
         """Replace all facts by a snapshot's rows, of which the client's encoding is `codec` (Python's name). What cannot be decoded
@@ -134,7 +167,11 @@ class Catalog:
                 origin = (int(third), int(fourth)) if known else (0, 0)
                 self._origins.setdefault((int(first), int(second) if known else 0), set()).add(origin)
             elif kind == "w":
-                self._calling.add(int(first))
+                self._calling.setdefault(int(first), set()).add(second)
+            elif kind == "t":
+                self._triggers.setdefault(int(first), set()).add(second)
+            elif kind == "b":
+                self.functions.add(first, second, "" if UNREADABLE in first + third else third)
             elif kind == "p":
                 self.own.add(first)
             else:
@@ -153,13 +190,23 @@ class Catalog:
         self._made |= set(changes.made)
         self._doubtful |= set(changes.redefined)
         self._altered |= set(changes.altered)
-        self.own |= set(changes.functions)
+        self.own |= {made.name for made in changes.functions}
+        for made in changes.functions:
+            self.functions.add(made.name, made.language, made.body)
+        self._triggered |= set(changes.triggers)
+        self._reading.clear()
+        self._plan = None
         self._views_doubtful = self._views_doubtful or bool(changes.redefined)
         self._all_doubtful = self._all_doubtful or changes.anything
         return True
 
     def is_known(self, oid: int) -> bool:
         return oid < FIRST_USER_OID or oid in self._numbers
+
+    def knows(self, column: Column) -> bool:
+        """Whether it is a column of the system's or of the snapshot; a whole row (attribute 0) is none."""
+        oid = column.table_oid
+        return oid < FIRST_USER_OID or column.attnum < 0 or (oid, column.attnum) in self._columns
 
     # -- by name, for the lineage (policy.reach.Relations, see postgres_reach)
 
@@ -197,7 +244,10 @@ class Catalog:
             return True
         if not found:
             if name in self._made:
-                return False  # made since, of what was judged
+                # Made since, of what was judged: only its own names count.
+                if column == "*":
+                    return plan.may_mask_table(schema, name)
+                return plan.column(schema or None, name, column) is not None
             system = schema in _SYSTEM_SCHEMAS or (not schema and name.startswith("pg_"))
             if not system:
                 return True
@@ -224,6 +274,66 @@ class Catalog:
         sources = {source for source, _ in self._view_sources.get(oid, ())} - seen
         return any(self._calls(source, seen | {oid}) for source in sources)
 
+    def was_made(self, name: str) -> bool:
+        """Whether a relation of this name came after the snapshot, through this session."""
+        return name in self._made
+
+    def may_read(self, plan: MaskPlan, function: str) -> bool:
+        """Whether a function or operator of this name, which PostgreSQL does not bring, may read a masked column."""
+        if not self.known or self._all_doubtful or not self.functions.is_known(function):
+            return True
+        return function in self._functions_reading(plan)
+
+    def code_may_read(self, plan: MaskPlan, code: str) -> bool:
+        """The same of a DO block."""
+        if not self.known or self._all_doubtful:
+            return True
+        functions = self._functions_reading(plan)
+        return self.functions.code_reads(code, functions | self._reading[id(plan)][2])
+
+    def may_fire(self, plan: MaskPlan, schema: str, name: str) -> bool:
+        """Whether what a statement does to a relation may run a trigger that reads a masked column."""
+        if not self.known or not self._triggered.isdisjoint((name, "")):
+            return True
+        found = self.named(schema, name) if name else []
+        if found is None:
+            return True
+        fired = [self._triggers[oid] for oid in (0, *found) if oid in self._triggers]
+        return bool(fired) and not self._functions_reading(plan).isdisjoint(set().union(*fired))
+
+    def _functions_reading(self, plan: MaskPlan) -> frozenset[str]:
+        if self._suspects is not None:
+            return self._suspects  # while they are being found
+        known = self._reading.get(id(plan))
+        if known is None:
+            known = self._find_reading(plan)
+        return known[1]
+
+    def _find_reading(self, plan: MaskPlan) -> tuple[MaskPlan, frozenset[str], frozenset[str]]:
+        """Functions and views make each other suspect, until no more come."""
+        if len(self._reading) >= PLANS_MAX:
+            self._reading.clear()
+        functions: frozenset[str] = frozenset()
+        while True:
+            self._suspects, self._masks = functions, {}
+            try:
+                relations = self._doubtful | {
+                    name
+                    for name, oids in self._by_name.items()
+                    if any(
+                        self._mask_of(plan, (oid, number)) is not None
+                        for oid in oids
+                        for number in self._numbers[oid].values()
+                    )
+                }
+            finally:
+                self._suspects, self._masks = None, {}
+            more = self.functions.reading(relations)
+            if more == functions:
+                found = self._reading[id(plan)] = (plan, functions, frozenset(relations))
+                return found
+            functions = more
+
     # -- by OID, for descriptions
 
     def mask(
@@ -238,7 +348,11 @@ class Catalog:
                 return plan.derived()
             return plan.column("pg_catalog", None, column.name)
         key = (column.table_oid, column.attnum)
-        if not self.is_known(column.table_oid) or key not in self._columns:
+        if column.attnum < 0:
+            return None  # ctid, xmin and the like
+        if not self.knows(column):
+            if not derived_reached:
+                return None  # a table that this session made, by the statement's tree
             return plan.column(None, None, column.name) or plan.derived()
         found = self._mask_of(plan, key)
         if not trusted and column.table_oid in self._view_sources:
@@ -280,7 +394,8 @@ class Catalog:
 
     def _of_view(self, plan: MaskPlan, oid: int, seen: frozenset[int]) -> ValueMask | None:
         """A column that a view derives may hold any column that the view uses."""
-        if oid in self._calling:
+        called = self._calling.get(oid)
+        if called and not called.isdisjoint(self._functions_reading(plan)):
             return plan.derived()
         for source, attnum in self._view_sources.get(oid, ()):
             if source < FIRST_USER_OID:

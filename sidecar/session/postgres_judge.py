@@ -274,7 +274,8 @@ class Judge:
             return self._unjudged(raw, raw.decode("latin-1"), None, unreadable)
         text = read
         verdict = self.engine.evaluate(
-            SqlOperation("query", text, self.database, self.user, None, self.strings), self.facts
+            SqlOperation("query", text, self.database, self.user, None, self.strings, self.catalog.known),
+            self.facts,
         )
         ambiguous = b"\\" in raw and _AMBIGUOUS.search(raw) is not None
         alike = self._by_verdict.get(id(verdict))

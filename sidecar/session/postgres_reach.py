@@ -17,6 +17,8 @@ from sidecar.policy.sql_vocabulary import TABLE_BY_NAME
 from sidecar.session.postgres_catalog import Catalog
 from sidecar.session.postgres_exchange import Decision
 
+_CHECKS_LATE: Final = frozenset({"COMMIT", "CONSTRAINTSSET", "PREPARE TRANSACTION"})
+"""Check constraints, and run triggers, that were deferred."""
 _UNSEEN: Final = frozenset({"DO", "CALL", "INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE", "COPY", "LOAD"})
 """Code of their own, or triggers."""
 
@@ -39,6 +41,9 @@ class CatalogRelations:
 
     def is_own(self, function: str) -> bool:
         return function in self.catalog.own
+
+    def may_read(self, function: str) -> bool:
+        return self.catalog.may_read(self.plan, function)
 
 
 def masked_columns(
@@ -74,14 +79,31 @@ def touches_masked(catalog: Catalog, plan: MaskPlan, decision: Decision) -> bool
         return True
     if any(touches_masked(catalog, plan, part) for part in decision.stands_for):
         return True
+    if not _CHECKS_LATE.isdisjoint(facts.statements):
+        return True
+    if facts.may_change_catalog and catalog.may_fire(plan, "", ""):
+        return True  # an event trigger
     for part in decision.verdict.objects:
         schema, _, name = part.name.rpartition(".")
         if part.access == "call":
-            if name not in builtin_functions() or name in catalog.own or name in TABLE_BY_NAME:
+            own = name not in builtin_functions() or name in catalog.own
+            if name in TABLE_BY_NAME or (own and catalog.may_read(plan, name)):
                 return True
-        elif catalog.may_mask(plan, schema, name, "*"):
+        elif not facts.looks_at_no_row and (
+            catalog.may_mask(plan, schema, name, "*")
+            or (part.access == "write" and catalog.may_fire(plan, schema, name))
+        ):
             return True
-    return "DO" in facts.statements or "CALL" in facts.statements
+    return "DO" in facts.statements and catalog.code_may_read(plan, decision.text)
+
+
+def reads_made(catalog: Catalog, decision: Decision) -> bool:
+    """Whether a relation stands in the statement that this session made since the snapshot."""
+    return any(
+        part.access != "call" and catalog.was_made(part.name.rpartition(".")[2])
+        for found in (decision, *decision.stands_for)
+        for part in found.verdict.objects
+    )
 
 
 def runs_unseen_code(catalog: Catalog, decision: Decision) -> bool:

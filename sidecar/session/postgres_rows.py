@@ -14,7 +14,7 @@ from sidecar.model.verdict import MaskPlan, ValueMask
 from sidecar.session.context import SessionContext
 from sidecar.session.postgres_catalog import FIRST_USER_OID
 from sidecar.session.postgres_exchange import Decision, Exchange, RowPlan
-from sidecar.session.postgres_reach import masked_columns
+from sidecar.session.postgres_reach import masked_columns, reads_made
 from sidecar.session.postgres_startup import Opening
 
 DETECT_TYPES: Final = frozenset({18, 19, 25, 114, 142, 705, 1042, 1043, 3802})
@@ -91,8 +91,16 @@ class Rows(Opening):
         if plan is None or not plan.has_columns:
             return None
         reached = [decision.reached] * len(columns)
-        if not decision.reached and any(column.table_oid < FIRST_USER_OID for column in columns):
+        if not decision.reached and any(
+            column.table_oid < FIRST_USER_OID or not self._catalog.knows(column) for column in columns
+        ):
             reached = masked_columns(self.judge.engine, self._catalog, plan, decision, len(columns))
+            if not reads_made(self._catalog, decision):
+                # Whose column it is that nobody knows, its statement does not say either.
+                reached = [
+                    found or not self._catalog.knows(column)
+                    for found, column in zip(reached, columns, strict=True)
+                ]
         found = [
             self._catalog.mask(plan, column, derived_reached=derived, trusted=trusted)
             for column, derived in zip(columns, reached, strict=True)

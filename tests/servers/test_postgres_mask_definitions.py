@@ -107,7 +107,13 @@ def test_a_function_made_meanwhile_under_a_name_of_postgresqls_is_not_trusted(cl
     assert values(client, "SELECT reverse('ab')") == [[b"ba"]]
     values(client, "BEGIN")
     values(client, "CREATE FUNCTION reverse(int) RETURNS text LANGUAGE sql AS 'SELECT ''x''::text'")
-    assert values(client, "SELECT reverse(1)") == [[b"[redacted]"]]
+    assert values(client, "SELECT reverse(1)") == [[b"x"]]  # its body was seen, and reads nothing
+    values(
+        client,
+        "CREATE FUNCTION reverse(bool) RETURNS text LANGUAGE sql AS 'SELECT max(secret) FROM public.people'",
+    )
+    assert values(client, "SELECT reverse(true)") == [[b"[redacted]"]]
+    assert values(client, "SELECT reverse(1)") == [[b"[redacted]"]]  # one of the name may read it
 
 
 def test_what_a_block_of_code_may_have_defined_is_masked_until_it_is_known(client: wire.Wire) -> None:
