@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,8 @@ DROPPED: Final = "dropped"
 """As `removed`, but nobody holds the records: `audit.on_full: drop`."""
 KINDS: Final = (OPENED, REMOVED, RETIRED, DROPPED)
 
+RECENT_ENTRIES: Final = 5_000
+"""Each start finishes what the last crash cut, so that only entries since then matter to the next one."""
 READ_WAIT_S: Final = 2.0
 READ_PAUSE_S: Final = 0.002
 
@@ -106,10 +109,11 @@ class Ledger:
         if size == self._offset:
             return
         data = os.pread(self._fd, size - self._offset, self._offset)
-        consumed = 0
-        for after, body, signature in entries(data):
-            consumed = after
-            self._head = _after(signature, body)
+        consumed, last = 0, None
+        for consumed, body, signature in entries(data):  # noqa: B007
+            last = (signature, body)
+        if last is not None:
+            self._head = _after(*last)
         if consumed != len(data):
             os.ftruncate(self._fd, self._offset + consumed)
         self._offset += consumed
@@ -147,9 +151,28 @@ class LedgerReader:
         return self._entries
 
 
-def read_ledger(directory: Path, public: bytes) -> list[Entry]:
-    """As `LedgerReader.read`, once."""
-    return LedgerReader(directory, public).read()
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """One of the newest entries; nothing of it was verified yet."""
+
+    entry: Entry
+    body: bytes
+    signature: bytes
+
+    def holds(self, public: bytes) -> bool:
+        """Whether the host has signed it. Its place in the ledger is not looked at."""
+        return hostkey.verify(public, self.signature, self.body)
+
+
+def recent_entries(directory: Path) -> list[Recent]:
+    """The newest RECENT_ENTRIES, oldest first: what a start needs, however long the ledger has become. Raises AuditError where it is
+    missing or has no shape; OSError where it cannot be read."""
+    try:
+        data = _read_from(directory / LEDGER_FILE, 0)
+    except FileNotFoundError as error:
+        raise AuditError("the ledger of streams is missing") from error
+    newest = deque(entries(data), maxlen=RECENT_ENTRIES)
+    return [Recent(Entry.decode(body), body, signature) for _, body, signature in newest]
 
 
 def _read_from(path: Path, offset: int) -> bytes:

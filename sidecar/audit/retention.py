@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,6 @@ from sidecar.audit.segment import (
     receipt_path,
     refusal_path,
     segment_number,
-    segment_paths,
     signature_path,
 )
 from sidecar.audit.stream import OpenStream
@@ -251,16 +250,13 @@ class Retention:
         if what == RETIRED:
             receipt_path(self._directory, name).unlink(missing_ok=True)
             refusal_path(self._directory, name).unlink(missing_ok=True)
-        signature_path(piece.path).unlink(missing_ok=True)
-        piece.path.unlink(missing_ok=True)  # last: a left-over segment is looked for
+        remove_segments([piece.path])
         self._last.pop(piece.path, None)
         return piece.size
 
 
-def remove_leftovers(directory: Path, gone: Mapping[str, int]) -> None:
-    """Segments that the ledger says are gone (`gone`: stream to first kept segment), where a crash came between."""
-    for name, kept in gone.items():
-        for path in segment_paths(directory, name):
-            if segment_number(path) < kept:
-                signature_path(path).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+def remove_segments(paths: Iterable[Path]) -> None:
+    """With their signatures; the ledger must say that they are gone."""
+    for path in paths:
+        signature_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # last: a left-over segment is looked for

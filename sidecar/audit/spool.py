@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.audit import hostkey
-from sidecar.audit.ledger import DROPPED, LEDGER_FILE, OPENED, REMOVED, RETIRED, Ledger, read_ledger
+from sidecar.audit.ledger import DROPPED, LEDGER_FILE, OPENED, REMOVED, RETIRED, Ledger, recent_entries
 from sidecar.audit.recovery import recover
-from sidecar.audit.retention import Retention, Usage, remove_leftovers
-from sidecar.audit.segment import lock_path, open_lock, stream_names
+from sidecar.audit.retention import Retention, Usage, remove_segments
+from sidecar.audit.segment import all_segments, list_directory, lock_path, open_lock, segment_number
 from sidecar.audit.stream import OpenStream
 from sidecar.audit.writer import SEGMENT_BYTES, StreamWriter, segment_bytes
 from sidecar.errors import AuditError
@@ -96,18 +96,22 @@ class Spool:
     def _repair_ledger(self, empty: set[str]) -> None:
         """Finish removals that a crash cut, and enter streams that it kept from being entered: no worker had those yet, so
         they are `empty`. A stream with records that is not entered is left to `verify` to name."""
-        streams = stream_names(self.directory)
+        names = list_directory(self.directory)
+        streams = all_segments(self.directory, names)
         if not streams:
             return
         try:
-            entries = read_ledger(self.directory, self.host_key.public)
+            recent = recent_entries(self.directory)
         except AuditError as error:
             log.error("audit: %s: %s", LEDGER_FILE, error)
             return
-        for name in sorted(empty - {entry.stream for entry in entries}):
+        for name in sorted(empty - {item.entry.stream for item in recent}):
             self._ledger.append(OPENED, name)
-        gone = {entry.stream: entry.segment for entry in entries if entry.what in (REMOVED, RETIRED, DROPPED)}
-        remove_leftovers(self.directory, {name: gone[name] for name in streams if name in gone})
+        gone = {item.entry.stream: item for item in recent if item.entry.what in (REMOVED, RETIRED, DROPPED)}
+        for name, item in gone.items():
+            leftover = [path for path in streams.get(name, ()) if segment_number(path) < item.entry.segment]
+            if leftover and item.holds(self.host_key.public):
+                remove_segments(leftover)
 
     # -- streams
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from sidecar.audit import read
-from sidecar.audit.segment import receipt_path, segment_paths
+from sidecar.audit import hostkey, read
+from sidecar.audit.ledger import LEDGER_FILE, REMOVED, Entry, LedgerReader
+from sidecar.audit.segment import entry_bytes, receipt_path, segment_paths
 from sidecar.audit.spool import Spool
 from sidecar.audit.verify import verify
 from sidecar.audit.writer import MIN_SEGMENT_BYTES, SEGMENT_BYTES, StreamWriter, segment_bytes
@@ -199,3 +201,43 @@ def test_segments_are_smaller_where_the_spool_is() -> None:
     assert segment_bytes(1 << 30) == SEGMENT_BYTES
     assert segment_bytes(16 << 20) == 1 << 20
     assert segment_bytes(1) == MIN_SEGMENT_BYTES
+
+
+def test_a_long_ledger_does_not_slow_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows with every stream that a host has ever had; only `verify` reads all of it."""
+    spool = make_spool(tmp_path / "audit")
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
+    for number in range(500):
+        spool._ledger.append(REMOVED, f"stream-{number}", segment=1)
+    monkeypatch.undo()
+    spool.open_stream("w")
+    spool.close()
+    verified: list[bytes] = []
+    check = hostkey.verify
+    monkeypatch.setattr(
+        hostkey,
+        "verify",
+        lambda public, signature, data: verified.append(data) or check(public, signature, data),
+    )
+    again = make_spool(tmp_path / "audit")
+    stream = again.open_stream("w").stream
+    again.close()
+    assert len(verified) < 10
+    monkeypatch.undo()
+    assert len(LedgerReader(tmp_path / "audit", again.host_key.public).read()) == 502
+    report = verify(tmp_path / "audit")
+    assert report.ok, report.findings
+    assert stream in {found.stream for found in report.streams}
+
+
+def test_a_removal_that_the_host_did_not_sign_removes_nothing(spool: Spool) -> None:
+    """Somebody wrote an entry into the ledger."""
+    worker = Worker(spool)
+    worker.write(250)
+    spool.close()
+    path = spool.directory / LEDGER_FILE
+    entry = Entry(b"p" * 32, REMOVED, worker.stream, segment=2, seq=200, head=b"h" * 32).encode()
+    path.write_bytes(path.read_bytes() + entry_bytes(entry, b"s" * 64))
+    make_spool(spool.directory).close()
+    assert worker.numbers() == [0, 1, 2]
+    assert not verify(spool.directory).ok
