@@ -8,9 +8,10 @@ import pytest
 
 from sidecar.kernel import cgroups
 from tests.netns.steering.conftest import OPEN_PORT, PORT, Dial, outcome
+from tests.support import io_uring
 from tests.support.far_end import FarEnd
 from tests.support.far_host import FarHost
-from tests.support.played_inspector import PlayedInspector
+from tests.support.played_inspector import ROOT, PlayedInspector
 
 pytestmark = pytest.mark.root
 NOBODY = 65534
@@ -62,6 +63,15 @@ KINDS = {
     ),
 }
 
+RING = f"sys.path.insert(0, {str(ROOT)!r}); from tests.support.io_uring import connect; s = socket.socket({{family}}); s.setsockopt(6, 7, 1); "  # TCP_SYNCNT: it knows no other time-out
+for name, family, destination in (("", 2, "far"), (" over IPv6", 10, "far6")):
+    target = "*FAR4" if family == 2 else "*FAR6"
+    KINDS[f"io_uring{name}"] = (f"{RING.format(family=family)}connect(s, {target}); say(s)", destination)
+    KINDS[f"io_uring{name}, by its worker thread"] = (
+        f"{RING.format(family=family)}connect(s, {target}, asynchronous=True); say(s)",
+        destination,
+    )
+
 
 @pytest.fixture(scope="module")
 def inspector(host: FarHost) -> Iterator[PlayedInspector]:
@@ -74,6 +84,8 @@ def inspector(host: FarHost) -> Iterator[PlayedInspector]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_steered(kind: str, inspector: PlayedInspector, dial: Dial, far: FarEnd, host: FarHost) -> None:
     code, destination = KINDS[kind]
+    if "io_uring" in kind and not io_uring.is_available():
+        pytest.skip("this kernel gives no ring: kernel.io_uring_disabled, or a seccomp filter")
     address = {"far": host.far_address, "far6": f"[{host.far_address6}]", "::1": "[::1]"}.get(
         destination, destination
     )
@@ -146,7 +158,7 @@ s.connect(FAR4); say(s)
     assert outcome(dial(cgroups.cgroup2_mount(), code.replace("f'", "'"))) == "far"
 
 
-@pytest.mark.parametrize("kind", ["IPv4", "IPv6", "MPTCP", "fast open, MSG_FASTOPEN", "loopback"])
+@pytest.mark.parametrize("kind", ["IPv4", "IPv6", "MPTCP", "fast open, MSG_FASTOPEN", "loopback", "io_uring"])
 def test_without_the_table_no_packet_passes(
     kind: str, inspector: PlayedInspector, dial: Dial, far: FarEnd
 ) -> None:
