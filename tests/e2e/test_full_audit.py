@@ -1,5 +1,6 @@
 """The audit directory fills up under a running job: its statements wait, `status` says why, and it goes on when there is room, with
-nothing lost; with `on_full: drop` it goes on at once, and what is lost is counted."""
+nothing lost; with `on_full: drop` it goes on at once, and what is lost is counted. Likewise where the disk fails to take what was
+written."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from sidecar.audit import read
 from sidecar.audit.verify import verify
 from tests.support.far_host import FarHost
 from tests.support.postgres_server import PostgresServer
+from tests.support.thin_disk import thin_disk
 
 pytestmark = [pytest.mark.root, pytest.mark.servers]
 
@@ -168,3 +170,45 @@ def test_a_full_directory_with_drop_counts_what_is_lost(
     report = verify(small / "audit")
     assert report.ok, report.findings
     assert report.gaps["spool_dropped"] == 1
+
+
+def test_a_disk_that_fails_holds_requests_up(world: tuple[FarHost, PostgresServer], tmp_path: Path) -> None:
+    """Writes succeed, syncs fail: what the kernel forgets to say twice, `status` goes on saying."""
+    hosts, _ = world
+    with thin_disk(tmp_path) as disk:
+        with job(hosts, disk.place) as (running, config, ask):
+            assert running.stdout is not None
+            ask(0)
+            assert running.stdout.readline() == "0\n"
+            disk.fill()
+            answered = 0
+            while status(config)["spool"]["ok"]:
+                answered += 1
+                assert answered < 100
+                ask(answered)
+                assert running.stdout.readline() == f"{answered}\n"
+            waiting = range(answered + 1, answered + 4)
+            for number in waiting:
+                ask(number)
+            assert select.select([running.stdout], [], [], 2.0)[0] == []  # they wait
+            spool = status(config)["spool"]
+            assert spool["ok"] is False
+            assert "not on disk yet" in spool["blocked_reason"]
+            assert running.poll() is None
+            disk.widen()
+            for number in waiting:
+                assert running.stdout.readline() == f"{number}\n"
+            until(lambda: status(config)["spool"]["ok"])
+            out, _ = running.communicate(timeout=30)
+            assert (out, running.returncode) == ("", 0)
+        disk.forget()
+        report = verify(disk.place / "audit")
+        assert report.ok, report.findings
+        rows = list(read.records(disk.place / "audit"))
+    asked = [
+        int(row["operation"]["text"].split()[1])
+        for row in rows
+        if row["kind"] == "request" and "xxx" in (row.get("operation") or {}).get("text", "")
+    ]
+    assert asked == list(range(answered + 4))
+    assert "disk_failed" in [row["reason"] for row in rows if row["kind"] == "agent"]

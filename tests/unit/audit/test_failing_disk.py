@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,56 +18,15 @@ from sidecar.audit.verify import verify
 from sidecar.audit.writer import StreamWriter
 from sidecar.errors import AuditError
 from tests.support.spools import make_spool, request, writer_of
+from tests.support.thin_disk import ThinDisk, thin_disk
 
 TEXT = "x" * 60_000
-SMALL, LARGE = "2m", "32m"
-
-
-class ThinDisk:
-    """A file system of 16 MiB on a device that has 2."""
-
-    def __init__(self, directory: Path) -> None:
-        self._store, self.place = directory / "store", directory / "disk"
-        self._store.mkdir()
-        self.place.mkdir()
-        image = self._store / "image"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", self._store], check=True)
-        with image.open("wb") as file:
-            file.truncate(16 << 20)
-        subprocess.run(["mkfs.ext2", "-q", "-b", "4096", "-m", "0", image], check=True)
-        made = subprocess.run(["losetup", "-f", "--show", image], check=True, capture_output=True, text=True)
-        self._device = made.stdout.strip()
-        # A loop device takes a request for done of which its file took a part: with requests of a page there is none.
-        queue = Path("/sys/block", Path(self._device).name, "queue", "max_sectors_kb")
-        queue.write_text("4")
-        self.mount()
-
-    def mount(self) -> None:
-        subprocess.run(["mount", self._device, self.place], check=True)
-
-    def widen(self) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={LARGE}", self._store], check=True)
-
-    def forget(self) -> None:
-        """What is not on the device is gone, as after a power cut."""
-        subprocess.run(["umount", self.place], check=True)
-        self.mount()
-
-    def close(self) -> None:
-        subprocess.run(["umount", "-l", self.place], check=False)
-        subprocess.run(["losetup", "-d", self._device], check=False)
-        subprocess.run(["umount", "-l", self._store], check=True)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[ThinDisk]:
-    if not Path("/dev/loop-control").exists():
-        pytest.skip("this kernel has no loop devices")
-    made = ThinDisk(tmp_path)
-    try:
+    with thin_disk(tmp_path) as made:
         yield made
-    finally:
-        made.close()
 
 
 def write_until_it_fails(spool: Spool, writer: StreamWriter) -> int:
