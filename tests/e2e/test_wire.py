@@ -6,6 +6,8 @@ which the job's sockets speak with the inspector: what is not on it, no process 
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 
 from sidecar.audit.verify import verify
 from tests.support.far_host import FarHost
-from tests.support.http_far import HttpFar
+from tests.support.http_far import HttpFar, in_url
 from tests.support.postgres_server import PostgresServer
 from tests.support.steered_job import SIDECAR, SteeredJob, pending_hold, worker_pids
 from tests.support.tokens import SUBJECT, Issuer
@@ -53,7 +55,7 @@ child = None
 if len(sys.argv) == 2:  # a child process of the job does the same
     child = subprocess.Popen([sys.executable, __file__, host, "child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     print(child.stdout.readline(), end="", flush=True)
-with psycopg.connect(host=host, user="postgres", autocommit=True) as pg, httpx.Client(base_url=f"http://{host}:8080") as http:
+with psycopg.connect(host=host, user="postgres", autocommit=True) as pg, httpx.Client(base_url=f"http://{'[' + host + ']' if ':' in host else host}:8080") as http:
     print("seen", pg.execute("SELECT ssn FROM customers ORDER BY id").fetchall(), http.get("/customers").text, flush=True)
     if child is None:
         print("child holds", flush=True); sys.stdin.readline(); raise SystemExit
@@ -78,6 +80,7 @@ class Seen:
     """What the job printed, the three captures, and whose sockets stood towards the far host while all were open."""
 
     hosts: FarHost
+    far_address: str
     token: str
     output: list[str]
     far: Wire
@@ -88,29 +91,33 @@ class Seen:
     job: SteeredJob
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+@pytest.fixture(scope="module", params=["IPv4", "IPv6"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     directory = tmp_path_factory.mktemp("wire")
-    with FarHost() as hosts, HttpFar(hosts):
+    with contextlib.ExitStack() as stack:
+        hosts = stack.enter_context(FarHost())
+        far = hosts.far_address if request.param == "IPv4" else hosts.far_address6
+        stack.enter_context(HttpFar(hosts, address=far))
         prefix = ("nsenter", f"--net=/run/netns/{hosts.far}")
-        with PostgresServer(address=hosts.far_address, prefix=prefix) as server:
+        with PostgresServer(address=far, prefix=prefix) as server:
             server.sql(
                 "CREATE TABLE customers(id int primary key, name text, ssn text);"
                 f"INSERT INTO customers VALUES (1, 'Ann', '{SSN.decode()}'), (2, 'Bob', '987-65-4321');"
                 "CREATE TABLE t(x int)"
             )
-            yield _play(hosts, directory)
+            yield _play(hosts, far, directory)
             assert server.sql("SELECT count(*) FROM customers") == "2"
             assert server.sql("SELECT count(*) FROM t") == "0"
 
 
-def _play(hosts: FarHost, directory: Path) -> Seen:
+def _play(hosts: FarHost, far_address: str, directory: Path) -> Seen:
     issuer = Issuer()
     token = issuer.token()
+    network = ipaddress.ip_network(far_address)
     extra = (
         issuer.configuration(issuer.jwks(directory))
-        + f"targets:\n  - {{name: orders, host: {hosts.far_address}/32, port: 5432, protocol: postgres}}\n"
-        f"  - {{name: api, host: {hosts.far_address}/32, port: 8080}}\n"
+        + f"targets:\n  - {{name: orders, host: '{network}', port: 5432, protocol: postgres}}\n"
+        f"  - {{name: api, host: '{network}', port: 8080}}\n"
     )
     job = SteeredJob(hosts, directory / "job", POLICY, extra)
     script = directory / "job.py"
@@ -124,7 +131,7 @@ def _play(hosts: FarHost, directory: Path) -> Seen:
             [
                 "env",
                 f"SIDECAR_ID_TOKEN={token}",
-                *job.command(sys.executable, str(script), hosts.far_address),
+                *job.command(sys.executable, str(script), far_address),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -137,15 +144,17 @@ def _play(hosts: FarHost, directory: Path) -> Seen:
                 [SIDECAR, "approvals", "reject", hold["id"]], check=True, capture_output=True, timeout=30
             )
             output += [running.stdout.readline() for _ in range(3)]
-            inspector, others = _ports_towards(hosts, set(worker_pids(running.pid)))
+            inspector, others = _ports_towards(hosts, far_address, set(worker_pids(running.pid)))
         finally:
             running.communicate("\n", timeout=60)
-    return Seen(hosts, token, output, far.wire, near.wire, loopback.wire, inspector, others, job)
+    return Seen(hosts, far_address, token, output, far.wire, near.wire, loopback.wire, inspector, others, job)
 
 
-def _ports_towards(hosts: FarHost, workers: set[int]) -> tuple[frozenset[int], frozenset[int]]:
+def _ports_towards(
+    hosts: FarHost, far_address: str, workers: set[int]
+) -> tuple[frozenset[int], frozenset[int]]:
     """(local ports of the workers' connections to the far host, those of everybody else's), as the kernel lists them."""
-    listed = hosts.run(hosts.near, ["ss", "-Htnp", "state", "established", "dst", hosts.far_address]).stdout
+    listed = hosts.run(hosts.near, ["ss", "-Htnp", "state", "established", "dst", in_url(far_address)]).stdout
     inspector, others = set(), set()
     for line in listed.splitlines():
         port = int(line.split()[2].rpartition(":")[2])
@@ -182,7 +191,7 @@ def test_no_byte_of_what_was_refused_reached_the_far_host(seen: Seen) -> None:
 def test_no_unmasked_value_reached_a_process_of_the_job(seen: Seen) -> None:
     # The upstream hop carries the real values, from the server to the inspector alone.
     carrying = seen.far.holding(SSN)
-    assert {source for source, _ in carrying} == {(seen.hosts.far_address, port) for port in (5432, 8080)}
+    assert {source for source, _ in carrying} == {(seen.far_address, port) for port in (5432, 8080)}
     assert {port for _, (_, port) in carrying} <= seen.inspector_ports
     # All that the job's sockets were sent is on the loopback.
     assert seen.loopback.holding(b"[redacted]")
@@ -191,7 +200,7 @@ def test_no_unmasked_value_reached_a_process_of_the_job(seen: Seen) -> None:
 
 
 def test_every_packet_to_the_far_host_is_the_inspectors(seen: Seen) -> None:
-    far = seen.hosts.far_address
+    far = seen.far_address
     assert len(seen.inspector_ports) == 4  # two processes, PostgreSQL and HTTP each
     assert len(seen.job_ports) == 4
     assert not seen.inspector_ports & seen.job_ports
@@ -205,7 +214,7 @@ def test_every_packet_to_the_far_host_is_the_inspectors(seen: Seen) -> None:
 
 
 def test_the_identity_arrived_and_the_forged_one_did_not(seen: Seen) -> None:
-    far = seen.hosts.far_address
+    far = seen.far_address
     header = b"\r\nX-Workload-Identity: " + seen.token.encode() + b"\r\n"
     requests = [data for ((_, _), to), data in seen.far.streams() if to == (far, 8080)]
     assert len(requests) == 2

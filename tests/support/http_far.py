@@ -30,11 +30,16 @@ http {{
 CUSTOMERS = {"customers": [{"id": 12345678901234567890, "ssn": "123-45-6789"}], "rate": 0.10}
 
 
-class HttpFar:
-    """Context manager. `big_bytes` is the size of nginx's /big (a sparse file)."""
+def in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
-    def __init__(self, hosts: FarHost, *, big_bytes: int = 0) -> None:
+
+class HttpFar:
+    """Context manager. `big_bytes` is the size of nginx's /big (a sparse file); `address` one of the far host's, else its IPv4 one."""
+
+    def __init__(self, hosts: FarHost, *, big_bytes: int = 0, address: str = "") -> None:
         self.hosts = hosts
+        self.address = address or hosts.far_address
         self.directory = Path(tempfile.mkdtemp(prefix="sidecar-http-"))
         self.big_bytes = big_bytes
         self._processes: list[subprocess.Popen[str]] = []
@@ -47,7 +52,7 @@ class HttpFar:
         with (www / "big").open("wb") as file:
             file.truncate(self.big_bytes)
         (self.directory / "nginx.conf").write_text(
-            NGINX.format(directory=self.directory, address=self.hosts.far_address)
+            NGINX.format(directory=self.directory, address=in_url(self.address))
         )
         try:
             far = self.hosts.far
@@ -55,7 +60,7 @@ class HttpFar:
                 self.hosts.popen(far, ["nginx", "-p", str(self.directory), "-c", "nginx.conf"]),
                 self.hosts.popen(
                     far,
-                    [sys.executable, "-m", "tests.support.http_far", self.hosts.far_address],
+                    [sys.executable, "-m", "tests.support.http_far", self.address],
                     cwd=ROOT,
                 ),
             ]
@@ -69,12 +74,12 @@ class HttpFar:
         return self
 
     def _answers(self, port: int) -> bool:
-        url = f"http://{self.hosts.far_address}:{port}/"
+        url = f"http://{in_url(self.address)}:{port}/"
         return self.hosts.run(self.hosts.far, ["curl", "-s", "-o", "/dev/null", url]).returncode == 0
 
     def ask(self, path: str) -> Any:
         """The ASGI program's JSON, asked from its own host, past everything."""
-        url = f"http://{self.hosts.far_address}:8080{path}"
+        url = f"http://{in_url(self.address)}:8080{path}"
         return json.loads(self.hosts.run(self.hosts.far, ["curl", "-s", url]).stdout)
 
     def nginx_log(self) -> list[list[str]]:
