@@ -37,6 +37,7 @@ from sidecar.kernel import cgroups, run_state
 from sidecar.kernel.steering import SteeringPlan
 from sidecar.launch import invoking_user, launch
 from sidecar.model.flow import FlowFacts
+from sidecar.model.secret import Secret
 from sidecar.proxy import limits, link
 from sidecar.proxy.holds import HoldDesk
 from sidecar.proxy.listener import Listeners, open_listeners
@@ -44,6 +45,7 @@ from sidecar.proxy.policy_file import PolicySource
 from sidecar.proxy.resolve import FlowResolver, Refusal
 from sidecar.proxy.targets import REFRESH_S, NameBook
 from sidecar.proxy.workers import WorkerHandle, WorkerPool
+from sidecar.tls.authority import Authority
 
 if TYPE_CHECKING:
     from sidecar.attribution.docker_engine import ContainerEngines
@@ -115,6 +117,7 @@ class Agent:
         self._tasks: list[asyncio.Task[None]] = []
         self._begun = False
         self.engines: ContainerEngines | None = None
+        self.authority: Authority | None = None
         self.holds = HoldDesk(self.instance, self.recording.hold_decided)
         self.stopping = asyncio.Event()
 
@@ -126,6 +129,7 @@ class Agent:
             raise PrerequisiteError("steering needs root", hint="sudo sidecar " + self.mode)
         config = self.config
         self.policy.load()
+        self.target_authorities = self.config.read_authorities()
         self._watch_names()
         loop = asyncio.get_running_loop()
         names = loop.run_in_executor(self._names_thread, self.names.refresh)
@@ -141,6 +145,8 @@ class Agent:
         self.pool = WorkerPool(self, self._listeners.by_worker, *worker_identity())
         self.signer = AssertionSigner(self.recording.host_key.private_key, self.host)
         self.identity = IdentityService(config.identity)
+        if config.opens_tls() or self.policy.policy.named_hosts:
+            await asyncio.to_thread(self.open_authority)
         self._watch_containers()
         await self.pool.start()
         if self.engines is not None:
@@ -350,6 +356,7 @@ class Agent:
                 request_max_bytes=audit.requests.max_bytes,
                 response_max_rows=audit.responses.max_rows,
                 response_max_bytes=audit.responses.max_bytes,
+                authorities=self.target_authorities,
             )
         )
         worker.send(self.policy.message())
@@ -377,6 +384,8 @@ class Agent:
                 self.holds.flow_ended(message.flow)
             case link.Sign():
                 self._sign(worker, message)
+            case link.MintLeaf():
+                self._task(self._mint(worker, message))
             case link.HoldRequested():
                 facts = self.facts.get(message.flow)
                 if facts is None:
@@ -433,6 +442,34 @@ class Agent:
                 now_s=time.time(),
             )
         worker.send(link.Signed(message.id, assertion))
+
+    def open_authority(self) -> Authority:
+        """The local authority, made on the first use of TLS. Blocks. Raises TrustError."""
+        if self.authority is None:
+            authority = self.config.authority
+            self.authority = Authority.open(
+                authority.directory,
+                lifetime_s=authority.lifetime_s,
+                leaf_lifetime_s=authority.leaf_lifetime_s,
+                permitted=authority.permitted,
+            )
+        return self.authority
+
+    async def _mint(self, worker: WorkerHandle, message: link.MintLeaf) -> None:
+        try:
+            leaf = await asyncio.to_thread(lambda: self.open_authority().leaf(message.names))
+        except (SidecarError, OSError) as error:
+            log.error("no certificate for %s: %s", ", ".join(message.names), error)
+            worker.send(link.LeafMinted(message.id, "", Secret(""), 0, str(error)))
+            return
+        worker.send(
+            link.LeafMinted(
+                message.id,
+                leaf.certificate_chain_pem.decode("ascii"),
+                Secret(leaf.key_pem.decode("ascii")),
+                leaf.not_after_ns,
+            )
+        )
 
     async def run_until_stopped(self) -> None:
         await self.stopping.wait()

@@ -7,6 +7,7 @@ target a destination is. docs/configuration.md explains each setting.
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,8 @@ from sidecar.documents import load_document, parse_duration, parse_size, read_do
 from sidecar.errors import ConfigurationError
 from sidecar.model.secret import Secret
 
+MAX_AUTHORITIES_BYTES: Final = 3 * 1024 * 1024
+"""They go to the workers in one message."""
 DEFAULT_FILE: Final = Path("/etc/sidecar/sidecar.yaml")
 
 
@@ -103,12 +106,6 @@ class TargetConfig(msgspec.Struct, frozen=True):
     tls: TlsDocument | None = None
     pooler: str | None = None
 
-    def opens_tls(self) -> bool:
-        """Whether TLS of a client that speaks HTTP to it may be opened. Without `tls` it is: a declared target is to be inspected."""
-        if self.tls is not None and self.tls.mode in ("passthrough", "disable"):
-            return False
-        return self.protocol == "http" or (self.port in (443, None) and self.protocol in ("auto", None))
-
     def matches(self, address: str, port: int, names: Iterable[str]) -> bool:
         """`names` are those that the address is known by, in lower case."""
         if self.port is not None and port != self.port:
@@ -147,10 +144,38 @@ class Config(msgspec.Struct, frozen=True):
         """The key of the mask `hash`. Raises ConfigurationError."""
         return self.hash_key_file.read().reveal().encode() if self.hash_key_file else None
 
+    def read_authorities(self) -> dict[str, str]:
+        """The PEM text of each target's `tls.ca`, by the file's name. Raises ConfigurationError."""
+        found: dict[str, str] = {}
+        for target in self.targets:
+            ca = target.tls.ca if target.tls else None
+            if ca is None or ca in found:
+                continue
+            try:
+                text = Path(ca).read_text("ascii")
+                ssl.create_default_context(cadata=text)
+            except (OSError, UnicodeDecodeError) as error:  # ssl.SSLError is an OSError
+                raise ConfigurationError(
+                    f"the certificates in {ca}, for target {target.name}, cannot be read: {error}",
+                    file=str(self.file) if self.file else None,
+                    hint="tls.ca is a file of PEM certificates",
+                ) from error
+            found[ca] = text
+        if sum(map(len, found.values())) > MAX_AUTHORITIES_BYTES:
+            raise ConfigurationError(
+                f"the targets' certificates are more than {MAX_AUTHORITIES_BYTES} bytes together"
+            )
+        return found
+
     def opens_tls(self) -> bool:
-        """Whether the inspector may open TLS: of a target that speaks HTTP, or whatever speaks it on port 443, or of all. TLS of
-        PostgreSQL is not meant: its clients have no store of authorities that they take for granted."""
-        return self.steering.decrypt == "all" or any(target.opens_tls() for target in self.targets)
+        """Whether the configuration alone makes the inspector open TLS: all of it, or that of a declared target."""
+        if self.steering.decrypt == "all":
+            return True
+        ports = self.steering.ports
+        return any(
+            self.opens(target, target.protocol or (ports.get(target.port, "auto") if target.port else "auto"))
+            for target in self.targets
+        )
 
     def host_names(self) -> tuple[str, ...]:
         """Exact names of targets, for forward resolution."""
@@ -166,9 +191,18 @@ class Config(msgspec.Struct, frozen=True):
         known = tuple(name.lower().rstrip(".") for name in names)
         return next((target for target in self.targets if target.matches(address, port, known)), None)
 
+    def opens(self, target: TargetConfig | None, protocol: str) -> bool:
+        """Whether TLS to a destination is opened for the configuration's sake; a rule may want it besides. `protocol` is the
+        destination's: TLS of PostgreSQL is not meant, whose clients have no store of authorities that they take for granted."""
+        if protocol not in ("http", "auto"):
+            return False
+        if target is None:
+            return self.steering.decrypt == "all"
+        return target.tls is None or target.tls.mode not in ("passthrough", "disable")
+
     def limitations(self) -> tuple[str, ...]:
         """What is not covered, for `status` and `doctor`."""
-        found = ["TLS is relayed and recorded as uninspected: this version does not decrypt"]
+        found = ["HTTP/2 and PostgreSQL inside TLS are not inspected in this version"]
         if not self.steering.containers:
             found.append(
                 "steering.containers is false: connections of bridge-networked containers are recorded as gaps "

@@ -233,13 +233,6 @@ class Checker:
                         index,
                         hint="such as /ci.slice",
                     )
-        if steering.decrypt == "all":
-            raise self.fail(
-                "opening TLS is not supported yet in this version",
-                "steering",
-                "decrypt",
-                hint="leave it at declared",
-            )
 
     def _network(self, text: str, *path: Step) -> None:
         try:
@@ -390,14 +383,6 @@ class Checker:
             return
         if target.tls.ca is not None and target.tls.mode in ("disable", "passthrough"):
             raise self.fail(f"contradicts mode {target.tls.mode}: nothing is verified", *place, "tls", "ca")
-        if protocol != "postgres" and target.tls.mode not in ("disable", "passthrough"):
-            raise self.fail(
-                f"our own TLS is not supported yet in this version for {protocol or 'an unnamed protocol'}",
-                *place,
-                "tls",
-                "mode",
-                hint="with protocol: postgres it is; HTTPS is relayed as it is (passthrough)",
-            )
 
     def _audit(self, document: ConfigurationDocument) -> None:
         audit = document.audit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+HANDSHAKE: Final = 0x16
+"""What every TLS connection begins with: a handshake record."""
 HELLO_MAX_BYTES: Final = 16_384 + 5
 _HOST: Final = re.compile(rb"[A-Za-z0-9._-]{1,255}")
 """What may stand in a record, a log and a rule's view of the target."""
@@ -13,7 +15,7 @@ _HOST: Final = re.compile(rb"[A-Za-z0-9._-]{1,255}")
 def server_name(data: bytes) -> str | None:
     """The SNI host name, lower case; None where there is none or the hello is not whole or malformed."""
     try:
-        if data[0] != 0x16 or data[5] != 1:
+        if data[0] != HANDSHAKE or data[5] != 1:
             return None
         offset = 5 + 4 + 2 + 32
         offset += 1 + data[offset]

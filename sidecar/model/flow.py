@@ -48,6 +48,12 @@ class Target:
     """The declared target's name, None for a destination that nobody declared."""
     tls_mode: str | None = None
     tls_ca: str | None = None
+    opens_tls: bool = False
+    """The configuration wants TLS to this destination opened."""
+    tls_name: str | None = None
+    """The server name that the client asked for in TLS that we opened; nothing is sent to a server that is not verified for it."""
+    claimed: tuple[str, ...] = ()
+    """Names that only the client says, as in a hello that we do not open: enough for a denial, never for an allow."""
     pooler: str | None = None
     unresolved: tuple[str, ...] = ()
     """Names that rules or targets use and that do not resolve at the moment: they may be this address."""

@@ -30,6 +30,7 @@ class GapReason(enum.StrEnum):
 
     CLIENT_REQUIRES_TLS = "client_requires_tls"
     ENCRYPTED = "encrypted"
+    LEAF_REJECTED = "leaf_rejected"
     UNKNOWN_PROTOCOL = "unknown_protocol"
     FOREIGN_NETNS = "foreign_netns"
     REFUSED_BY_KERNEL = "refused_by_kernel"

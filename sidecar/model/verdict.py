@@ -210,6 +210,10 @@ class Engine(Protocol):
         """True where a rule looks at a request's JSON body."""
         ...
 
+    def names_host(self, names: tuple[str, ...]) -> bool:
+        """Whether a rule that may be about HTTP names one of these hosts, exactly or by a wildcard below a name."""
+        ...
+
     def moment(self, now_ns: int) -> int:
         """Grows whenever an `until` passes: verdicts that were kept since an earlier moment are void."""
         ...

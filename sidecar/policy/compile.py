@@ -269,6 +269,15 @@ def _load(
         host_names=frozenset(
             host for host in hosts if "*" not in host and "/" not in host and not _is_address(host)
         ),
+        named_hosts=tuple(
+            dict.fromkeys(
+                host.lower().rstrip(".")
+                for when in whens
+                if "http" in (words(when.protocol) or ("http",))
+                for host in words(when.host)
+                if host.strip("*.") and "/" not in host
+            )
+        ),
         wants_request_json=any(when.request_json is not None for when in whens),
         by_principal=any(when.principal is not None or when.cel is not None for when in whens),
         now_ns=now_ns,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import fnmatch
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ class Policy:
     rules: tuple[CompiledRule, ...]
     warnings: tuple[str, ...] = ()
     host_names: frozenset[str] = frozenset()
+    named_hosts: tuple[str, ...] = ()
+    """Host patterns of rules that may be about HTTP."""
     wants_request_json: bool = False
     by_principal: bool = False
     by_workload: bool = False
@@ -142,6 +145,11 @@ class Policy:
         if isinstance(operation, SqlOperation):
             return self._sql(operation, facts)
         return self._judge(self.subject(operation, facts))
+
+    def names_host(self, names: tuple[str, ...]) -> bool:
+        return any(
+            fnmatch.fnmatchcase(name.lower(), pattern) for name in names for pattern in self.named_hosts
+        )
 
     def subject(
         self, operation: Operation, facts: FlowFacts, analysis: sql.Analysis | None = None

@@ -100,10 +100,11 @@ def _host(patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
     def test(subject: Subject) -> Answer:
         target = subject.facts.target
         known = {name.lower() for name in target.names}
+        claimed = {name.lower() for name in target.claimed}
         if target.host_source != "address":
-            known.add(target.host.lower())
+            (claimed if target.host_source == "sni" else known).add(target.host.lower())
         if isinstance(subject.operation, HttpOperation) and subject.operation.host:
-            known.add(subject.operation.host.lower())
+            claimed.add(subject.operation.host.lower())
         if any(fnmatch.fnmatchcase(name, pattern) for name in known for pattern in names):
             return True
         if networks:
@@ -116,7 +117,11 @@ def _host(patterns: tuple[str, ...]) -> Callable[[Subject], Answer]:
                 return True
         if not names:
             return False
-        if known and not any(name in target.unresolved for name in names):
+        if any(fnmatch.fnmatchcase(name, pattern) for name in claimed for pattern in names):
+            # Only the client says so: it may be there, or dial another address under this name.
+            subject.unknown("host")
+            return None
+        if known | claimed and not any(name in target.unresolved for name in names):
             return False
         # No name is known for this address, or one that the rule uses does not resolve at the moment.
         if any("*" in name or name in target.unresolved for name in names) or target.host == "":

@@ -27,6 +27,7 @@ from sidecar.session.commands import (
     CloseFlow,
     Command,
     HalfClose,
+    MintLeaf,
     OpenHold,
     OpenUpstream,
     PauseReading,
@@ -181,6 +182,10 @@ class FlowDriver:
         if not self.closed:
             self._drive("assertion_signed", assertion)
 
+    def leaf_minted(self, server_context: ssl.SSLContext | None) -> None:
+        if not self.closed:
+            self._drive("leaf_minted", server_context)
+
     def engine_changed(self) -> None:
         if not self.closed:
             self._drive("engine_changed", self.worker.engine)
@@ -308,6 +313,8 @@ class FlowDriver:
                 self._task(self._connect())
             case StartTls():
                 self._task(self._start_tls(command))
+            case MintLeaf():
+                self.worker.mint(self, command.names)
             case SignAssertion():
                 self.worker.sign(self, command.backend_pid)
             case OpenHold():

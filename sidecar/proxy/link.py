@@ -82,6 +82,11 @@ class Sign(Message, frozen=True):
     backend_pid: int
 
 
+class MintLeaf(Message, frozen=True):
+    id: int
+    names: tuple[str, ...]
+
+
 class HoldRequested(Message, frozen=True):
     hold_id: str
     flow: str
@@ -131,6 +136,8 @@ class Configure(Message, frozen=True):
     request_max_bytes: int
     response_max_rows: int
     response_max_bytes: int
+    authorities: dict[str, str] = {}
+    """Certificates that targets' must be signed by: PEM, by the file's name. A worker may not be able to read the files."""
 
 
 class PolicyText(Message, frozen=True):
@@ -164,6 +171,16 @@ class Signed(Message, frozen=True):
     assertion: str | None
 
 
+class LeafMinted(Message, frozen=True):
+    """`chain` and `key` are PEM, valid until `not_after_ns`; empty where there is no leaf, for `problem`."""
+
+    id: int
+    chain: str
+    key: Secret
+    not_after_ns: int
+    problem: str = ""
+
+
 class HoldDecided(Message, frozen=True):
     hold_id: str
     outcome: str
@@ -190,6 +207,7 @@ FromWorker = (
     | Resolve
     | FlowClosed
     | Sign
+    | MintLeaf
     | HoldRequested
     | HoldWithdrawn
     | NeedSegment
@@ -197,7 +215,7 @@ FromWorker = (
     | AuditFailed
     | AuditRecovered
 )
-ToWorker = Configure | PolicyText | Segment | Resolved | Signed | HoldDecided | Block | Drain
+ToWorker = Configure | PolicyText | Segment | Resolved | Signed | LeafMinted | HoldDecided | Block | Drain
 
 
 def _encode_secret(value: Any) -> Any:

@@ -133,6 +133,7 @@ class FlowResolver:
                 protocol=protocol,
                 names=names,
                 unresolved=self._names.unresolved(),
+                opens_tls=self._config.opens(None, protocol),
             )
         exact = declared.host if declared.host in names else names[0] if names else original.host
         return Target(
@@ -146,6 +147,7 @@ class FlowResolver:
             tls_ca=str(declared.tls.ca) if declared.tls and declared.tls.ca else None,
             pooler=declared.pooler,
             unresolved=self._names.unresolved(),
+            opens_tls=self._config.opens(declared, declared.protocol or protocol),
         )
 
     def _tls_key(self, origin: Any, original: Address) -> tuple[int, str, Address]:

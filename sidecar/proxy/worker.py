@@ -36,6 +36,7 @@ from sidecar.policy import builtin_policy, load_policy
 from sidecar.proxy import limits, link
 from sidecar.proxy.driver import PAUSE_SPOOL, FlowDriver
 from sidecar.proxy.hop import Gate, Hop
+from sidecar.proxy.leaves import Leaves
 from sidecar.session.commands import OpenHold, SessionLimits
 from sidecar.session.context import SessionContext
 from sidecar.session.factory import make_session
@@ -87,6 +88,8 @@ class Worker:
         self.flows: dict[str, FlowDriver] = {}
         self.unresolved: dict[int, tuple[Accepted, asyncio.TimerHandle]] = {}
         self.signing: dict[int, FlowDriver] = {}
+        self.leaves = Leaves()
+        self.minting: dict[int, tuple[tuple[str, ...], list[FlowDriver]]] = {}
         self.holding: dict[str, FlowDriver] = {}
         self.ids = IdSource()
         self.session_limits = SessionLimits()
@@ -96,6 +99,7 @@ class Worker:
         self._failed_at = 0.0
         self._asked_for_segment = False
         self._draining = False
+        self.authorities: dict[str, str] = {}
         self._tls: dict[tuple[str | None, str | None], ssl.SSLContext] = {}
         self._sync_pool = concurrent.futures.ThreadPoolExecutor(1, "sync")
         self._reported: dict[str, tuple[int, ...]] = {}
@@ -118,6 +122,7 @@ class Worker:
                     response_max_bytes=message.response_max_bytes,
                 )
                 self.host = message.host
+                self.authorities = message.authorities
                 self.gate.full = message.segment_bytes
                 self._set_gate()
             case link.PolicyText():
@@ -130,6 +135,8 @@ class Worker:
                 flow = self.signing.pop(message.id, None)
                 if flow is not None:
                     flow.assertion_signed(message.assertion)
+            case link.LeafMinted():
+                self._leaf_minted(message)
             case link.HoldDecided():
                 flow = self.holding.pop(message.hold_id, None)
                 if flow is not None:
@@ -377,6 +384,30 @@ class Worker:
         self.signing[self._next_id] = flow
         self.link.send(link.Sign(self._next_id, flow.flow, backend_pid))
 
+    def mint(self, flow: FlowDriver, names: tuple[str, ...]) -> None:
+        """Several flows that want the same leaf wait for one answer."""
+        kept = self.leaves.get(names)
+        if kept is not None:
+            self.loop.call_soon(flow.leaf_minted, kept)
+            return
+        for asked, waiting in self.minting.values():
+            if asked == names:
+                waiting.append(flow)
+                return
+        self._next_id += 1
+        self.minting[self._next_id] = (names, [flow])
+        self.link.send(link.MintLeaf(self._next_id, names))
+
+    def _leaf_minted(self, message: link.LeafMinted) -> None:
+        names, waiting = self.minting.pop(message.id, ((), []))
+        context = (
+            self.leaves.take(names, message.chain, message.key, message.not_after_ns)
+            if message.chain
+            else None
+        )
+        for flow in waiting:
+            flow.leaf_minted(context)
+
     def open_hold(self, flow: FlowDriver, command: OpenHold) -> None:
         self.holding[command.hold_id] = flow
         self.link.send(
@@ -417,7 +448,7 @@ class Worker:
             if verify in ("verify-ca", "verify-full"):
                 context.check_hostname = verify == "verify-full"
                 if ca_file:
-                    context.load_verify_locations(ca_file)
+                    context.load_verify_locations(cadata=self.authorities[ca_file])
                 else:
                     context.load_default_certs()
             else:

@@ -6,6 +6,8 @@ The server: the flow is opaque. The client, however late: its first bytes decide
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from sidecar.session.context import SessionContext, verdict_part
 from sidecar.session.http import HttpSession
 from sidecar.session.opaque import OpaqueSession
 from sidecar.session.postgres import PostgresSession
+from sidecar.session.tls import TlsSession
 
 if TYPE_CHECKING:
     from sidecar.session.postgres_lane import Lane
@@ -26,8 +29,17 @@ if TYPE_CHECKING:
 class AutoSession:
     """Implements session.commands.Session. Until it knows, nothing of the client's is sent upstream."""
 
-    def __init__(self, context: SessionContext) -> None:
+    def __init__(
+        self,
+        context: SessionContext,
+        plain: Callable[[SessionContext], Session] | None = None,
+        *,
+        inside: bool = False,
+    ) -> None:
+        """`plain`: what is spoken where it is not TLS; None: found out as well. `inside`: of TLS that we opened."""
         self.context = context
+        self._plain = plain
+        self._inside = inside
         self._inner: Session | None = None
         self._seen = bytearray()
         self._opened = False
@@ -68,6 +80,8 @@ class AutoSession:
             return out
         self._seen += data
         seen = bytes(self._seen)
+        if self._plain is not None and seen[0] != tls_hello.HANDSHAKE:
+            return self._begin(self._plain(self.context), side, seen, now_ns)
         kind = detect.detect(seen)
         if kind is None and len(seen) < detect.DETECT_MAX_BYTES:
             return self._unknown_yet(seen, now_ns) if self._opened else []
@@ -81,9 +95,14 @@ class AutoSession:
 
     def settle(self, now_ns: int) -> list[Command]:
         """The client has said nothing, or nothing that is understood, for a while."""
-        if self._inner is not None or self._opened:
+        if self._inner is not None:
+            settle = getattr(self._inner, "settle", None)
+            return self._pass(settle(now_ns), now_ns) if settle is not None else []
+        if self._opened:
             return []
         seen = bytes(self._seen)
+        if self._plain is not None and not seen:
+            return self._begin(self._plain(self.context), Side.CLIENT, b"", now_ns)
         if seen and detect.detect(seen) == "tls":
             return self._begin(self._session_of("tls", seen), Side.CLIENT, seen, now_ns)
         if seen:
@@ -143,23 +162,54 @@ class AutoSession:
             return HttpSession(context)
         if kind == "tls":
             name = tls_hello.server_name(seen)
+            if not self._inside and self._opens(name):
+                return self._opened_tls(name)
+            if self._plain is not None:
+                return self._plain(self.context)  # which ends what it does not understand
             if name is not None:
                 self._named_by_client(name)
             detail = f"TLS, server name {name}" if name else "TLS without a server name"
             return OpaqueSession(context, GapReason.ENCRYPTED, detail)
+        if kind == "http2" and self._inside:
+            return HttpSession(context)  # not agreed on with us; which ends what it does not understand
         if kind == "http2":
             detail = "HTTP/2 in plain text is not inspected in this version"
             return OpaqueSession(context, GapReason.ENCRYPTED, detail)
         return OpaqueSession(context, GapReason.UNKNOWN_PROTOCOL, "the first bytes are of no known protocol")
 
-    def _named_by_client(self, name: str) -> None:
-        """The server name of a ClientHello is one more name of the target, and the best where nothing else is known."""
+    def _opens(self, name: str | None) -> bool:
+        """`steering.decrypt`: what the configuration declares, and hosts that a rule names."""
+        target = self.context.facts.target
+        if target.tls_mode == "passthrough":
+            return False
+        named = (*target.names, *((name,) if name else ()))
+        return target.opens_tls or self.context.engine.names_host(named)
+
+    def _opened_tls(self, name: str | None) -> Session:
+        """The server will be verified for this name before anything is sent to it: with that, it is the target's name."""
         facts = self.context.facts
         target = facts.target
-        names = target.names if name in target.names else (*target.names, name)
+        if name is not None and target.tls_mode in (None, "verify-full"):
+            names = target.names if name in target.names else (*target.names, name)
+            host, source = (
+                (name, "sni") if target.host_source == "address" else (target.host, target.host_source)
+            )
+            target = replace(target, host=host, host_source=source, names=names, tls_name=name)
+            self.context.facts = replace(facts, target=target)
+        elif name is not None:
+            self._named_by_client(name)
+        inner = self._plain(self.context) if self._plain else AutoSession(self.context, inside=True)
+        return TlsSession(self.context, name, inner)
+
+    def _named_by_client(self, name: str) -> None:
+        """The server name of a ClientHello is what the client claims, and the best that records can show where nothing else is known."""
+        facts = self.context.facts
+        target = facts.target
+        if name in target.names:
+            return
         if target.host_source == "address":
             target = replace(target, host=name, host_source="sni")
-        self.context.facts = replace(facts, target=replace(target, names=names))
+        self.context.facts = replace(facts, target=replace(target, claimed=(*target.claimed, name)))
 
     def eof(self, side: Side, now_ns: int) -> list[Command]:
         if self._inner is not None:
@@ -171,6 +221,14 @@ class AutoSession:
         gap = OpaqueSession(self.context, GapReason.UNKNOWN_PROTOCOL, detail)
         out = self._begin(gap, Side.CLIENT, bytes(self._seen), now_ns)
         return out if _ended(out) else out + gap.eof(side, now_ns)
+
+    def leaf_minted(self, server_context: ssl.SSLContext | None, now_ns: int) -> list[Command]:
+        inner = self._inner
+        return (
+            self._pass(inner.leaf_minted(server_context, now_ns), now_ns)
+            if isinstance(inner, TlsSession)
+            else []
+        )
 
     def tls_started(self, now_ns: int) -> list[Command]:
         return self._inner.tls_started(now_ns) if self._inner else []

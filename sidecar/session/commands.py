@@ -48,6 +48,13 @@ class StartTls:
 
 
 @dataclass(frozen=True, slots=True)
+class MintLeaf:
+    """Ask for a certificate of the local authority for these names; answered by `leaf_minted`, with what serves TLS under it."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SignAssertion:
     """Ask the supervisor for an identity assertion bound to this backend; answered by `assertion_signed`."""
 
@@ -104,6 +111,7 @@ Command: TypeAlias = (
     | WriteRecord
     | OpenUpstream
     | StartTls
+    | MintLeaf
     | SignAssertion
     | OpenHold
     | WithdrawHold
@@ -179,6 +187,7 @@ __all__ = [
     "CloseFlow",
     "Command",
     "HalfClose",
+    "MintLeaf",
     "OpenHold",
     "OpenUpstream",
     "PauseReading",

@@ -13,7 +13,7 @@ from sidecar.session.postgres import PostgresSession
 
 SESSIONS: dict[str, Callable[[SessionContext], Session]] = {
     "postgres": PostgresSession,
-    "http": HttpSession,
+    "http": lambda context: AutoSession(context, HttpSession),
     "auto": AutoSession,
     "opaque": OpaqueSession,
 }

@@ -17,6 +17,7 @@ def problem(
         400: "Bad Request",
         403: "Forbidden",
         413: "Content Too Large",
+        421: "Misdirected Request",
         431: "Request Header Fields Too Large",
         503: "Service Unavailable",
     }

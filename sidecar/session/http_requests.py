@@ -12,6 +12,7 @@ from sidecar.errors import LimitExceeded, ProtocolError
 from sidecar.model.flow import Side
 from sidecar.model.operation import HttpOperation
 from sidecar.model.reasons import CloseReason
+from sidecar.model.record import VerdictPart
 from sidecar.model.verdict import Action, Verdict
 from sidecar.session.commands import PauseReading
 from sidecar.session.context import IDENTITY_RULE, denial_message, identity_verdict_part, verdict_part
@@ -21,6 +22,8 @@ from sidecar.session.http_pending import Pending
 from sidecar.session.http_request_json import request_json
 from sidecar.session.http_rules import clean, without_reserved
 
+MISDIRECTED: Final = "tls.host"
+"""Stands as the rule where a request is for another host than its TLS."""
 MAX_PIPELINED: Final = 256
 """Requests under way on one connection; more are not read before answers come."""
 DISCARD_MAX_BYTES: Final = 64 * 1024 * 1024
@@ -199,6 +202,11 @@ class Requests:
         body = http1.framing(head, request=True)
         clean(head, self.facts.attachment.reserved_header)
         operation = _operation(head, hosts[0] if hosts else None)
+        named = self.facts.target.tls_name
+        if named is not None and operation.host is not None and operation.host.lower() != named:
+            why = f"the request is for {operation.host}, and TLS was opened for {named}"
+            self._misdirected(head, operation, why)
+            return
         if self.refused is not None:
             rule, reason = self.refused
             record_id = exchange.write_request(
@@ -225,6 +233,21 @@ class Requests:
             operation = replace(operation, body_json=None, body_known=True)
             verdict = context.engine.evaluate(operation, self.facts)
         self._judged(head, body, operation, verdict, b"")
+
+    def _misdirected(self, head: Head, operation: HttpOperation, why: str) -> None:
+        """What is verified for one name is not asked for another (RFC 9110, section 15.5.20)."""
+        exchange = self.exchange
+        part = VerdictPart(Action.DENY.value, MISDIRECTED, why, exchange.context.engine.revision)
+        record_id = exchange.write_request(operation, None, part)
+        exchange.answer_ourselves(
+            head.method,
+            record_id,
+            421,
+            f"Sidecar: {why}",
+            MISDIRECTED,
+            close=CloseReason.DENIED,
+            close_detail=why,
+        )
 
     def _await_body(self, awaited: _Awaited, data: bytes, offset: int) -> int:
         exchange, context = self.exchange, self.exchange.context

@@ -11,21 +11,25 @@ from typing import Any
 
 from tests.support.far_host import FarHost
 
+STEERING = "{ports: {5432: postgres, 80: auto, 8080: auto, 2525: auto}}"
 SIDECAR = str(Path(sys.executable).parent / "sidecar")
 
 
 class SteeredJob:
     """One directory: configuration, policy, audit."""
 
-    def __init__(self, hosts: FarHost, directory: Path, policy: str, extra: str = "") -> None:
+    def __init__(
+        self, hosts: FarHost, directory: Path, policy: str, extra: str = "", *, steering: str = STEERING
+    ) -> None:
         self.hosts = hosts
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "policy.yaml").write_text(policy)
         self.audit = directory / "audit"
+        self.authority = directory / "ca"
         self.config = directory / "sidecar.yaml"
         self.config.write_text(
-            "steering:\n  ports: {5432: postgres, 80: auto, 8080: auto, 2525: auto}\npolicy: policy.yaml\n"
-            f"audit: {{directory: {self.audit}}}\n{extra}"
+            f"steering: {steering}\npolicy: policy.yaml\n"
+            f"audit: {{directory: {self.audit}}}\ntls: {{authority: {{directory: {self.authority}}}}}\n{extra}"
         )
 
     def command(self, *command: str) -> list[str]:

@@ -117,6 +117,7 @@ class _Supervisor:
     def message(self, message: Any, descriptors: list[int]) -> None:
         match message:
             case link.Hello():
+                ca = self.options.get("tls_ca")
                 self.link.send(
                     link.Configure(
                         host="host",
@@ -126,6 +127,7 @@ class _Supervisor:
                         request_max_bytes=65536,
                         response_max_rows=100,
                         response_max_bytes=65536,
+                        authorities={ca: Path(ca).read_text()} if ca else {},
                     )
                 )
                 self.link.send(link.PolicyText(self.options.get("policy"), "policy.yaml", "test"))

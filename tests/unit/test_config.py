@@ -249,7 +249,7 @@ REFUSED = [
     ("steering:\n  exclude:\n    - 169.254.0.0/16\n    - 10.0.0.1/8\n", 4, "host bits"),
     ("steering:\n  exclude: [example.test]\n", 2, "CIDR"),
     ("steering:\n  exclude: 10.0.0.0/8\n", 2, "exclude"),
-    ("steering:\n  decrypt: all\n", 2, "not supported yet"),
+    ("steering:\n  decrypt: everything\n", 2, "declared"),
     ("steering:\n  on_failure: ope\n", 2, "open"),
     ("identity:\n  required: true\n", 2, "nothing could ever be verified"),
     ("identity:\n  required: 'yes'\n", 2, "required"),
@@ -323,11 +323,6 @@ REFUSED = [
         "targets:\n  - {name: a, host: a.test, protocol: postgres, tls: {mode: disable, ca: x}}\n",
         2,
         "contradicts",
-    ),
-    (
-        "targets:\n  - {name: a, host: a.test, protocol: http, tls: {mode: verify-full}}\n",
-        2,
-        "not supported yet",
     ),
     (
         "targets:\n  - name: a\n    host: a.test\n    credentials: {user: u, password: {file: /x}}\n",
