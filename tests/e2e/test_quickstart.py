@@ -82,6 +82,7 @@ def _shape(text: str) -> str:
         (r"quickstart-\w+", "STATE"),
         (r"\b(record|why|hold|approve) [0-9a-f]{8}\b", r"\1 ID"),
         (r"\b[0-9a-f]{8}…", "HASH"),
+        (r"[+-]?\d+(\.\d+)? (µs|ms|s)\b", "TIME"),
         (r"[+-]?\d+(\.\d+)?", "N"),
     ):
         text = re.sub(pattern, name, text)
