@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from sidecar.model.verdict import CatalogChanges, FunctionMade
@@ -19,6 +20,9 @@ _INHERITS: Final = frozenset({50, 52, 60})
 """AT_AddInherit, AT_AddOf, AT_AttachPartition."""
 _TABLE: Final = 42
 """OBJECT_TABLE."""
+_WORD: Final = re.compile(r"[\w$]+")
+_DEFINING: Final = frozenset({"create", "alter", "import", "execute", "call", "load", "into"})
+"""Words without one of which a block of code defines nothing by itself. `into` may make a table."""
 NOTHING: Final = CatalogChanges()
 
 
@@ -57,6 +61,8 @@ def changes_of(statement: Any) -> CatalogChanges:
     if name == "CreateTrigStmt":
         return CatalogChanges(triggers=(statement.relation.relname,))
     if name in _HARMLESS:
+        return NOTHING
+    if name == "DoStmt" and _DEFINING.isdisjoint(_WORD.findall(" ".join(names_in(statement, 0)).lower())):
         return NOTHING
     defines = name in ("DoStmt", "CallStmt", "LoadStmt", "ImportForeignSchemaStmt")
     unseen = defines or name in ("CreateEventTrigStmt", "AlterEventTrigStmt", "CreateExtensionStmt")

@@ -208,6 +208,10 @@ class Catalog:
         oid = column.table_oid
         return oid < FIRST_USER_OID or column.attnum < 0 or (oid, column.attnum) in self._columns
 
+    def is_whole(self, column: Column) -> bool:
+        """Whether it is a row of a known relation: its statement says what is in it."""
+        return column.attnum == 0 and self.is_known(column.table_oid)
+
     # -- by name, for the lineage (policy.reach.Relations, see postgres_reach)
 
     def named(self, schema: str, name: str) -> list[int] | None:

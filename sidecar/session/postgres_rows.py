@@ -98,7 +98,7 @@ class Rows(Opening):
             if not reads_made(self._catalog, decision):
                 # Whose column it is that nobody knows, its statement does not say either.
                 reached = [
-                    found or not self._catalog.knows(column)
+                    found or not (self._catalog.knows(column) or self._catalog.is_whole(column))
                     for found, column in zip(reached, columns, strict=True)
                 ]
         found = [

@@ -120,6 +120,8 @@ RESULTS: Final[tuple[tuple[str, str], ...]] = (
     ("SELECT overlay(ssn placing 'x' from 1), trim(ssn), position('q' in ssn) FROM customers", "mmm"),
     # whole rows
     ("SELECT c FROM customers c", "m"),
+    ("SELECT o, h FROM orders o, harmless h", "cc"),
+    ("SELECT p FROM people p", "m"),
     ("SELECT customers FROM customers", "m"),
     ("SELECT c::text FROM customers c", "m"),
     ("SELECT (c).ssn, (c).name FROM customers c", "mc"),
