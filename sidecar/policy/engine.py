@@ -24,6 +24,7 @@ from sidecar.policy.lineage import trace
 from sidecar.policy.masks import EMPTY, NamedRelations, Plan
 from sidecar.policy.reach import ANYTHING, CLEAN, FUNCTION, MASKED, Flows, together
 from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
+from sidecar.policy.sql_facts import ANY_COLUMN, ARGUMENT, SECRET
 from sidecar.policy.sql_names import RETURNS_NAMED
 from sidecar.policy.sql_vocabulary import LOOK_AT_NO_ROW, MOVING, SINKS, TABLE_BY_NAME
 
@@ -476,7 +477,9 @@ class Policy:
         def bound(column: str) -> bool:
             if not record_plan.has_columns:
                 return False
-            return touched if column == "*" else record_plan.may_mask_column(column)
+            if column == ARGUMENT:
+                return True
+            return touched if column == ANY_COLUMN else record_plan.may_mask_column(column)
 
         raw = operation.text.encode("utf-8", "surrogateescape")
         spans = [
@@ -484,6 +487,8 @@ class Policy:
             for column, offset in analysis.bound_literals
             if bound(column) and (span := sql.literal_span(raw, offset))
         ]
+        if any(record_plan.may_name_masked(body) for body in analysis.do_bodies):
+            spans += sql.string_spans(operation.text)
         return SqlFacts(
             statements=tuple(analysis.statements),
             settings=tuple(sorted(analysis.settings)),
@@ -505,7 +510,11 @@ class Policy:
             ),
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
-            masked_parameters=tuple(number for column, number in analysis.bound_parameters if bound(column)),
+            masked_parameters=tuple(
+                number
+                for column, number in analysis.bound_parameters
+                if SECRET.search(column) or bound(column)
+            ),
         )
 
 

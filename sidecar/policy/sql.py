@@ -15,10 +15,10 @@ from sidecar.model.verdict import SyntaxIssue
 from sidecar.policy.lineage import trace
 from sidecar.policy.reach import UNKNOWN, Flows, Relations
 from sidecar.policy.sql_changes import changes_of
-from sidecar.policy.sql_facts import Analysis, Table, together
+from sidecar.policy.sql_facts import SECRET, Analysis, Table, together
 from sidecar.policy.sql_names import names_of
 from sidecar.policy.sql_parser import normalise, parse
-from sidecar.policy.sql_secrets import find_passwords, literal_span, may_hold_secrets
+from sidecar.policy.sql_secrets import find_passwords, literal_span, may_hold_secrets, string_spans
 from sidecar.policy.sql_tree import TooDeep, unwrap
 from sidecar.policy.sql_vocabulary import STATEMENT_KINDS
 from sidecar.policy.sql_walker import Walker
@@ -62,6 +62,10 @@ def analyse(text: str) -> Analysis:
     found = parts[0] if len(parts) == 1 else together(parts)
     if may_hold_secrets(text) or found.secret_options:
         find_passwords(text, found)
+    for column, offset in found.bound_literals:
+        if SECRET.search(column) and (span := literal_span(encoded, offset)):
+            found.password_spans.append(span)
+            found.constant_sensitive = True
     return found
 
 
@@ -96,4 +100,5 @@ __all__ = [
     "literal_span",
     "may_hold_secrets",
     "normalise",
+    "string_spans",
 ]

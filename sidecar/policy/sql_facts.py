@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from sidecar.model.verdict import CatalogChanges, NameUse, SyntaxIssue
 from sidecar.policy.sql_vocabulary import DDL
+
+ANY_COLUMN: Final = "*"
+"""Of the tables that the statement names."""
+ARGUMENT: Final = "(argument)"
+"""Of a prepared statement, which may put it into any column."""
+SECRET: Final = re.compile(r"(?i)passw|pwd|secret|token|api_?key|private_?key|credential|conninfo")
+"""Names of columns and settings that hold secrets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,15 @@ import postgast
 
 from sidecar.policy.sql_facts import Analysis
 
-_SECRET_WORD: Final = re.compile(r"(?i)passw|pwd|secret|connection|conninfo|://")
+_SECRET_WORD: Final = re.compile(
+    r"(?i)passw|pwd|secret|connection|conninfo|://|token|api_?key|private_?key|credential|crypt|hmac|dblink|program"
+)
 _SECRET_KEYWORDS: Final = frozenset(
     {b"password", b"passwd", b"pwd", b"secret", b"connection", b"primary_conninfo"}
 )
-_SECRET_IN_LITERAL: Final = re.compile(rb"(?i)passw|pwd|secret|://[^/@:\s]*:[^/@\s]*@")
+_SECRET_IN_LITERAL: Final = re.compile(
+    rb"(?i)passw|pwd|secret|://[^/@:\s]*:[^/@\s]*@|authorization|bearer\s|api_?key|(?:-u|--user)[\s=]*\S+:\S"
+)
 _LITERAL_TOKENS: Final = frozenset({"SCONST", "USCONST", "BCONST", "XCONST"})
 _COMMENT_TOKENS: Final = frozenset({"SQL_COMMENT", "C_COMMENT"})
 
@@ -32,6 +36,9 @@ def find_passwords(text: str, found: Analysis) -> None:
     for token in postgast.scan(text).tokens:
         kind = token.DESCRIPTOR.fields_by_name["token"].enum_type.values_by_number[token.token].name
         if kind in _COMMENT_TOKENS:
+            if _SECRET_IN_LITERAL.search(raw, token.start, token.end):
+                found.password_spans.append((token.start, token.end))
+                found.constant_sensitive = True
             continue
         word = raw[token.start : token.end]
         if kind in _LITERAL_TOKENS and (
@@ -41,6 +48,16 @@ def find_passwords(text: str, found: Analysis) -> None:
             found.constant_sensitive = True
         if word != b"=" and kind != "TYPECAST":
             before = word.strip(b'"').lower()
+
+
+def string_spans(text: str) -> list[tuple[int, int]]:
+    """Of every string in a text that can be parsed."""
+    spans = []
+    for token in postgast.scan(text).tokens:
+        kind = token.DESCRIPTOR.fields_by_name["token"].enum_type.values_by_number[token.token].name
+        if kind in _LITERAL_TOKENS:
+            spans.append((token.start, token.end))
+    return spans
 
 
 def literal_span(raw: bytes, start: int) -> tuple[int, int] | None:

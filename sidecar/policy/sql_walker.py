@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.policy.builtin_functions import builtin_functions
-from sidecar.policy.sql_facts import Analysis, Table
+from sidecar.policy.sql_bindings import Bindings
+from sidecar.policy.sql_facts import ARGUMENT, SECRET, Analysis, Table
 from sidecar.policy.sql_tree import (
     MAX_DEPTH,
     TooDeep,
     column_name,
     filters,
-    find_constants,
     has_bare_constants,
     names_in,
     repeated,
@@ -33,11 +33,13 @@ from sidecar.policy.sql_vocabulary import (
 )
 
 
-class Walker:
+class Walker(Bindings):
     def __init__(self, found: Analysis) -> None:
         self.found = found
         self.ctes: list[set[str]] = []
         self.comparing = False
+        self.inserted = False
+        """The next SELECT is the source of an INSERT, and was looked at with it."""
 
     # -- statements
 
@@ -58,7 +60,10 @@ class Walker:
                     expression = unwrap(cte)
                     if with_clause.recursive:
                         scope.add(expression.ctename)
-                    self.statement(unwrap(expression.ctequery), depth=depth + 1)
+                    query = unwrap(expression.ctequery)
+                    if query.DESCRIPTOR.name == "SelectStmt":
+                        self._bind_handed_on(query)
+                    self.statement(query, depth=depth + 1)
                     scope.add(expression.ctename)
             special = getattr(self, "_" + name, None)
             if special is not None:
@@ -118,11 +123,8 @@ class Walker:
 
     def _InsertStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
-        columns = [unwrap(target).name for target in node.cols]
-        if node.HasField("select_stmt"):
-            for row in unwrap(node.select_stmt).values_lists:
-                for index, value in enumerate(unwrap(row).items):
-                    self._bind(columns[index] if index < len(columns) else "*", unwrap(value))
+        self._bind_inserted(node)
+        self.inserted = bool(node.HasField("select_stmt"))
         if node.HasField("on_conflict_clause"):
             self._set(node.on_conflict_clause.target_list)
 
@@ -198,6 +200,8 @@ class Walker:
             collected: set[str] = set()
             self._collect(definition, collected, 0)
             self.found.stored |= collected - {command.name}
+            if command.name:
+                self._bind(command.name, definition)
 
     def _RenameStmt(self, node: Any, depth: int) -> None:
         if node.HasField("relation"):
@@ -213,7 +217,14 @@ class Walker:
     def _CreateStmt(self, node: Any, depth: int) -> None:
         self._written(node.relation)
 
+    def _ExecuteStmt(self, node: Any, depth: int) -> None:
+        for argument in node.params:
+            self._bind(ARGUMENT, unwrap(argument))
+
     def _VariableSetStmt(self, node: Any, depth: int) -> None:
+        if SECRET.search(node.name):
+            for value in node.args:
+                self._bind("password", unwrap(value))
         self.found.settings.add(node.name.lower() or "*")
         self.found.constant_sensitive = True
 
@@ -270,14 +281,6 @@ class Walker:
             for child in value if repeated(value) else (value,):
                 self._collect(unwrap(child), collected, depth + 1)
 
-    def _bind(self, column: str, value: Any) -> None:
-        """Every constant and parameter in `value` belongs to `column`."""
-        constants: list[int] = []
-        parameters: list[int] = []
-        find_constants(value, constants, parameters, 0)
-        self.found.bound_literals += [(column, offset) for offset in constants]
-        self.found.bound_parameters += [(column, number) for number in parameters]
-
     def _children(self, node: Any, depth: int, *, skip: tuple[str, ...] = ()) -> None:
         for descriptor, value in node.ListFields():
             if descriptor.name in skip or descriptor.type != descriptor.TYPE_MESSAGE:
@@ -290,8 +293,13 @@ class Walker:
             raise TooDeep
         name = node.DESCRIPTOR.name
         if name.endswith("Stmt"):
+            if name == "SelectStmt" and not self.inserted:
+                self._bind_handed_on(node)
+            self.inserted = False
             self.statement(node, depth=depth)
             return
+        if name == "ColumnDef":
+            self._ColumnDef(node)
         if name == "RangeVar":
             self._relation(node)
             return
@@ -326,6 +334,7 @@ class Walker:
         found = self.found
         found.functions.add(names[-1])
         found.functions.add(".".join(names))
+        self._bind_secrets(names, node)
         if names[-1] == "set_config":
             first = unwrap(node.args[0]) if len(node.args) else None
             known = first is not None and first.DESCRIPTOR.name == "A_Const" and first.HasField("sval")

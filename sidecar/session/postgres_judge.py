@@ -41,6 +41,8 @@ ATTACH_RULE: Final = "identity.attach"
 
 _AMBIGUOUS: Final = re.compile(rb"\\'|[\x80-\xff]\\")
 _LITERAL: Final = re.compile(r"'(?:[^']|'')*'?|\$(\w*)\$.*?(?:\$\1\$|$)|\d+", re.DOTALL)
+NOT_RECORDED: Final = "[not recorded: a text that cannot be parsed and may hold a secret]"
+_QUOTED: Final = re.compile(r"\".*\"", re.DOTALL)
 _NO_ROWS: Final = frozenset(
     {"BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "SET", "DISCARD", "DEALLOCATE", "PREPARE",
      "DECLARE", "CLOSE", "LISTEN", "UNLISTEN", "NOTIFY", "LOCK", "DROP", "ALTER", "CREATE", "COMMENT", "GRANT",
@@ -300,6 +302,8 @@ class Judge:
             denial = ("42501", denial_message(verdict.rule, verdict.reason), verdict.rule or "default")
         elif verdict.action is Action.INVALID:
             denial = ("42601", verdict.reason, "")
+            if self._hides(text):
+                part.reason = _QUOTED.sub('"…"', verdict.reason)
         facts = verdict.sql
         resets = False
         if facts is not None and facts.settings and denial is None:
@@ -513,7 +517,7 @@ class Judge:
             for start, end in sorted({*facts.password_spans, *facts.masked_literal_spans}, reverse=True):
                 encoded[start:end] = f"'[masked at {start}]'".encode()
             shown = encoded.decode("utf-8", "replace")
-        elif verdict.action is Action.INVALID and (self.wants_catalog or "password" in text.lower()):
+        elif verdict.action is Action.INVALID and self._hides(text):
             return self._stripped(raw, text)
         limit = self.context.limits.record_text_max_bytes
         cut = len(raw) > limit
@@ -527,13 +531,14 @@ class Judge:
             statements=verdict.statements,
         )
 
+    def _hides(self, text: str) -> bool:
+        """Whether a text that cannot be parsed may hold what no record may."""
+        return self.wants_catalog or may_hold_secrets(text)
+
     def _stripped(self, raw: bytes, text: str) -> OperationPart:
         """Without literals, beside the digest: for a text in which what is masked cannot be found by its place."""
         limit = self.context.limits.record_text_max_bytes
-        if "password" in text.lower():
-            shown = "[not recorded: a text that cannot be parsed and speaks of a password]"
-        else:
-            shown = _LITERAL.sub("?", text)
+        shown = NOT_RECORDED if may_hold_secrets(text) else _LITERAL.sub("?", text)
         return OperationPart(
             kind="query",
             text=shown[:limit],
