@@ -14,7 +14,7 @@ import pwd
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -193,6 +193,16 @@ class Agent:
             self._refresh_names,
         ):
             self._tasks.append(asyncio.create_task(job_(), name=job_.__name__))
+
+    def trust_variables(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """For a command with this environment, so that it accepts what the authority signs; empty where no TLS is opened. Raises
+        OSError, TrustError."""
+        if self.authority is None:
+            return {}
+        from sidecar.tls import environment
+
+        directory = run_state.RUN_DIRECTORY / self.instance / run_state.TLS_DIRECTORY
+        return environment.for_command(environ, self.authority.certificate_pem, directory)
 
     def _watch_containers(self) -> None:
         """An `exec` on a host without engines is spared the import of their library, which takes a tenth of a second."""
@@ -509,12 +519,14 @@ def run_exec(config: Config, argv: list[str], policy: Path | None, instance: str
 
         async def command() -> int:
             assert agent.job_cgroup is not None
+            user = invoking_user()
             running = asyncio.create_task(
                 launch(
                     argv,
                     job_cgroup=agent.job_cgroup,
-                    user=invoking_user(),
+                    user=user,
                     extra_env={"PGCHANNELBINDING": "disable"},
+                    replaced_env=agent.trust_variables(user.environ),
                 )
             )
             stop = asyncio.create_task(agent.stopping.wait())

@@ -73,17 +73,18 @@ async def launch(
     job_cgroup: Path,
     user: InvokingUser,
     extra_env: Mapping[str, str],
+    replaced_env: Mapping[str, str] | None = None,
 ) -> int:
     """Run the command in `job_cgroup` as `user` and wait for it; returns its exit status (125, 126, 127 as
     env(1)).
 
-    `extra_env` is for variables that the person has not set. Cancelling ends the command. On return nothing
-    is left in the cgroup.
+    `extra_env` is for variables that the person has not set, `replaced_env` for those that count before theirs.
+    Cancelling ends the command. On return nothing is left in the cgroup.
     """
     channel, front_pid = (_channel, None) if _channel else _start_front()
     channel.setblocking(False)
     loop = asyncio.get_running_loop()
-    environ = {**extra_env, **user.environ}
+    environ = {**extra_env, **user.environ, **(replaced_env or {})}
     request = Launch(
         argv=[os.fsencode(part) for part in argv],
         cgroup=str(job_cgroup),

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,8 @@ BPF_DIRECTORY: Final = RUN_DIRECTORY / "bpf"
 OWNERS_PIN: Final = BPF_DIRECTORY / "owners"
 STATE_FILE: Final = "steering.json"
 STATE_FILE_NEW: Final = "steering.new"
+TLS_DIRECTORY: Final = "tls"
+"""What an `exec` tells its command to trust."""
 INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
 LOCK_FILE: Final = RUN_DIRECTORY / "lock"
 _SAVE_ATTEMPTS: Final = 20
@@ -165,6 +168,7 @@ def clear(instance: str) -> None:
     """Remove the run directory where there is no state in it. One that is just beginning makes it again."""
     directory = RUN_DIRECTORY / instance
     (directory / STATE_FILE_NEW).unlink(missing_ok=True)
+    shutil.rmtree(directory / TLS_DIRECTORY, ignore_errors=True)
     with contextlib.suppress(OSError):  # somebody's state or socket is in it, or it is gone
         directory.rmdir()
 
