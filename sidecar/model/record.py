@@ -80,7 +80,7 @@ class ColumnPart(msgspec.Struct, omit_defaults=True, gc=False):
 
 class ResponsePart(msgspec.Struct, omit_defaults=True, gc=False):
     """`sample` holds at most `audit.responses.max_rows` rows, masked as the client saw them; `rows`, `bytes` and `digest`
-    (SHA-256, hex, of the bytes the client got) always cover all of the response."""
+    (SHA-256, hex, of the bytes the client got) always cover all of the response. Of COPY FROM STDIN, `bytes` is what the client sent."""
 
     status: str | int | None = None
     rows: int = 0

@@ -177,6 +177,8 @@ class SqlFacts:
     """DDL, or something opaque that may hold DDL: catalog facts have to be refreshed."""
     transaction_control: bool = False
     is_copy: bool = False
+    copy_unread: bool = False
+    """COPY … TO a file, a program, or in binary: no detector can read and rewrite its rows."""
     copy_source: str | None = None
     """`schema.table`, `table` or None where COPY reads a query."""
     masked_reach: bool = False

@@ -13,9 +13,10 @@ from sidecar.documents import Lines, load_document, nearest, parse_duration, rea
 from sidecar.errors import ConfigurationError
 from sidecar.model.verdict import Action, ApproveTerms
 from sidecar.policy import masks, never
+from sidecar.policy.detectors import DETECTORS, detector
 from sidecar.policy.document import PolicyDocument, Rule, When
 from sidecar.policy.engine import CompiledException, CompiledRule, Policy
-from sidecar.policy.masks import DETECTORS, EMPTY, Plan
+from sidecar.policy.masks import EMPTY, Plan
 from sidecar.policy.selectors import HTTP_ONLY, SQL_ONLY, compile_when, on_connect, words
 from sidecar.policy.sql import STATEMENT_KINDS
 
@@ -193,7 +194,7 @@ class _Compiler:
                     f"`{key}` is no detector", *here, "mask", "detect", key,
                     hint=f"did you mean `{near}`?" if near else "valid: " + ", ".join(DETECTORS),
                 )  # fmt: skip
-            detectors.append(masks.detector(key, make(spec, "detect", key)))
+            detectors.append(detector(key, make(spec, "detect", key).apply_str))
         headers = tuple((key.lower(), make(spec, "headers", key)) for key, spec in mask.headers.items())
         return Plan(
             columns=columns,

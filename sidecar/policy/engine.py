@@ -495,6 +495,7 @@ class Policy:
             may_change_catalog=analysis.ddl,
             transaction_control=analysis.transaction,
             is_copy="COPY" in analysis.statements,
+            copy_unread=analysis.copy_unread,
             masked_reach=record_plan.has_columns
             and (
                 any(use.act in RETURNS_NAMED for use in analysis.names)

@@ -9,13 +9,12 @@ import fnmatch
 import hashlib
 import hmac
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import re2
-
 from sidecar.model.verdict import ValueMask
+from sidecar.policy.detectors import Detector
 from sidecar.policy.json_text import JsonPattern, mask_json_text
 from sidecar.policy.reach import CLEAN, MASKED
 from sidecar.policy.sql_facts import Table
@@ -140,60 +139,6 @@ def json_pattern(text: str, mask: StrategyMask) -> JsonPattern:
     if not steps:
         raise ValueError("`$` alone masks nothing")
     return JsonPattern(tuple(steps), mask)
-
-
-def _luhn(text: str) -> bool:
-    digits = [int(char) for char in text if char.isdigit()]
-    total = sum(digits[-1::-2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
-    return 13 <= len(digits) <= 19 and total % 10 == 0
-
-
-def _iban(text: str) -> bool:
-    compact = text.replace(" ", "")
-    rotated = compact[4:] + compact[:4]
-    return int("".join(str(int(char, 36)) for char in rotated)) % 97 == 1
-
-
-DETECTORS: Final[Mapping[str, tuple[str, Callable[[str], bool] | None]]] = {
-    "credit_card": (r"\b\d(?:[ -]?\d){12,18}\b", _luhn),
-    "us_ssn": (r"\b\d{3}-\d{2}-\d{4}\b", None),
-    "email": (r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{1,253}\.[A-Za-z]{2,24}\b", None),
-    "iban": (r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _iban),
-    "phone": (r"\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}\b", None),
-    "ip": (r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b", None),
-    "jwt": (r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*", None),
-    "private_key": (
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\z)",
-        None,
-    ),
-    "aws_key": (r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", None),
-}
-"""Name → (RE2 pattern, check). RE2 has no catastrophic patterns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Detector:
-    pattern: Any
-    check: Callable[[str], bool] | None
-    mask: StrategyMask
-
-    def apply(self, text: bytes) -> bytes:
-        """Bytes that are not UTF-8 pass through around what is found."""
-
-        def replace(match: Any) -> bytes:
-            found = bytes(match.group(0))
-            readable = found.decode("utf-8", "replace")
-            if self.check is not None and not self.check(readable):
-                return found
-            return (self.mask.apply_str(readable) or "").encode()
-
-        return bytes(self.pattern.sub(replace, text))
-
-
-def detector(name: str, mask: StrategyMask) -> Detector:
-    """Raises KeyError."""
-    pattern, check = DETECTORS[name]
-    return Detector(re2.compile(pattern.encode()), check, mask)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ class Analysis:
     stored: set[str] = field(default_factory=set)
     """Column names that a definition puts under another name, or under another column; `*` for all."""
     copy_out: bool = False
+    copy_unread: bool = False
+    """COPY … TO a file, a program, or in binary: no detector can read and rewrite its rows."""
     password_spans: list[tuple[int, int]] = field(default_factory=list)
     bound_literals: list[tuple[str, int]] = field(default_factory=list)
     """(column name, byte offset) of constants compared with or stored into a column."""
@@ -94,7 +96,7 @@ def together(parts: list[Analysis]) -> Analysis:
         ):
             getattr(found, name).update(getattr(part, name))
         for name in (
-            "without_where", "opaque", "copy_out", "transaction", "constant_sensitive", "too_deep",
+            "without_where", "opaque", "copy_out", "copy_unread", "transaction", "constant_sensitive", "too_deep",
             "secret_options",
         ):  # fmt: skip
             setattr(found, name, getattr(found, name) or getattr(part, name))

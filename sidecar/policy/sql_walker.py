@@ -176,6 +176,11 @@ class Walker(Bindings):
                 self._written(node.relation)
             return
         found.copy_out = True
+        for item in node.options:
+            option = unwrap(item)
+            binary = option.defname == "format" and unwrap(option.arg).sval.lower() == "binary"
+            found.copy_unread = found.copy_unread or binary
+        found.copy_unread = found.copy_unread or bool(node.filename) or bool(node.is_program)
         if node.HasField("relation"):
             self._relation(node.relation)
 

@@ -313,6 +313,11 @@ class Judge:
                 denial = ("42501", denial_message(ATTACH_RULE, why), ATTACH_RULE)
                 part.action, part.rule, part.reason = "deny", ATTACH_RULE, why
         plan = _useful(verdict.masks)
+        unread = facts is not None and facts.copy_unread and plan is not None and plan.has_detectors
+        if unread and denial is None and plan is not None:
+            why = "detectors cannot read what COPY writes to a file, to a program or in binary"
+            denial = ("42501", denial_message(plan.rules[0], why), plan.rules[0])
+            part.action, part.rule, part.reason = "deny", plan.rules[0], why
         if facts is not None and facts.may_move and denial is None and plan is not None:
             why = refusal(self.engine, self.catalog, plan, text, copies=facts.is_copy)
             if why is not None:

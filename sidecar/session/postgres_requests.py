@@ -74,7 +74,7 @@ class Requests(Refusals):
                             value=self.limits.statement_max_bytes,
                         )
                     break
-                self._other_message(kind)
+                self._other_message(kind, length)
                 self._flush(end)
                 self._passing_client = after - end
                 return
@@ -99,7 +99,7 @@ class Requests(Refusals):
                     self._read_ahead(data[after:])
                     return
             else:
-                self._other_message(kind)
+                self._other_message(kind, length)
             offset = after
         self._flush(offset)
         if offset < end:
@@ -117,13 +117,15 @@ class Requests(Refusals):
         if not self._copying:  # there the server ignores it
             self._expect("S")
 
-    def _other_message(self, kind: bytes) -> None:
+    def _other_message(self, kind: bytes, length: int) -> None:
         """Copy data, Flush, Terminate, and what is not known: byte for byte."""
         if kind in b"dcf":
             run = self._copy_run
             if run is None or run.ended:
                 self._copy_run = run = self._expect("d")
-            if kind != b"d":
+            if kind == b"d":
+                run.bytes += length - 4
+            else:
                 run.ended = True
                 self._copying = False
         elif kind == b"H":

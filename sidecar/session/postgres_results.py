@@ -377,6 +377,8 @@ class Results(Rows):
         if exchange.named:
             self._confirm_names(exchange)
         if exchange.record_id:
+            if self._pending and self._pending[0].kind == "d" and not exchange.bytes:
+                exchange.bytes = self._pending[0].bytes  # of COPY FROM STDIN: what the client sent
             if exchange.row_plan is None and exchange.kind == "E" and exchange.error is None:
                 exchange.row_plan = self._row_plan_of_portal(
                     exchange

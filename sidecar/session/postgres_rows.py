@@ -19,6 +19,7 @@ from sidecar.session.postgres_startup import Opening
 
 DETECT_TYPES: Final = frozenset({18, 19, 25, 114, 142, 705, 1042, 1043, 3802})
 """Text-like types in which detectors look: char, name, text, json, xml, unknown, bpchar, varchar, jsonb."""
+_JSONB: Final = 3802
 ROW_PLANS_MAX: Final = 256
 NO_COLUMNS: Final = b"\0\0"
 
@@ -198,9 +199,12 @@ class Rows(Opening):
             mask = masks[index] if masks is not None else None
             if mask is not None:
                 found[index] = None if form else mask.apply_text(value, column.type_oid)
-            elif detect and not form and column.type_oid in DETECT_TYPES:
+            elif detect and column.type_oid in DETECT_TYPES:
                 assert plan is not None
-                found[index] = plan.detect_text(value)
+                # In binary, a text is itself; jsonb has a version before it.
+                skip = 1 if form and column.type_oid == _JSONB else 0
+                shown = plan.detect_text(value[skip:])
+                found[index] = value[:skip] + shown if skip else shown
         return found
 
     def _samples(self, current: Exchange) -> bool:
