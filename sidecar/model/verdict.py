@@ -193,6 +193,8 @@ class SqlFacts:
     """Definitions, settings and the like: no row of a table is looked at, so that no message can quote one."""
     names: tuple[NameUse, ...] = ()
     """In their order in the text."""
+    fields: tuple[str, ...] = ()
+    """`f` of `(x).f` and of `t.f`: it may be a function's name."""
     password_spans: tuple[tuple[int, int], ...] = ()
     """Byte offsets [start, end) of password literals in the text, to be replaced before recording."""
     masked_literal_spans: tuple[tuple[int, int], ...] = field(default=())

@@ -21,6 +21,7 @@ from sidecar.model.verdict import Action, ApproveTerms, SqlFacts, Verdict
 from sidecar.policy import masks, sql
 from sidecar.policy.document import PolicyDocument
 from sidecar.policy.lineage import trace
+from sidecar.policy.lineage_values import Work
 from sidecar.policy.masks import EMPTY, NamedRelations, Plan
 from sidecar.policy.reach import ANYTHING, CLEAN, FUNCTION, MASKED, Flows, together
 from sidecar.policy.selectors import SQL_ONLY, Answer, Selector, Subject, all_of
@@ -463,7 +464,7 @@ class Policy:
         return (
             strict
             or not MOVING.isdisjoint(analysis.statements)
-            or not (SINKS | TABLE_BY_NAME).isdisjoint(analysis.functions)
+            or not (SINKS | TABLE_BY_NAME).isdisjoint(analysis.functions | analysis.value_fields)
         )
 
     def _facts(
@@ -509,6 +510,7 @@ class Policy:
                 part.tree is not None and part.tree.DESCRIPTOR.name in LOOK_AT_NO_ROW
                 for part in analysis.parts or [analysis]
             ),
+            fields=tuple(sorted(analysis.value_fields | analysis.row_fields)),
             password_spans=tuple(analysis.password_spans),
             masked_literal_spans=tuple(spans),
             masked_parameters=tuple(
@@ -520,5 +522,9 @@ class Policy:
 
 
 def _flows(analysis: sql.Analysis, plan: Plan, *, functions: bool = True) -> list[Flows]:
-    relations = NamedRelations(plan, functions)
-    return [trace(part.tree, relations) for part in analysis.parts or [analysis] if part.tree is not None]
+    relations, work = NamedRelations(plan, functions), Work(analysis.size)
+    return [
+        trace(part.tree, relations, work=work)
+        for part in analysis.parts or [analysis]
+        if part.tree is not None
+    ]

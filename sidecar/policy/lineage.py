@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sidecar.policy.lineage_scope import Range, Scope, range_items
-from sidecar.policy.lineage_values import Values, label
+from sidecar.policy.lineage_values import Values, Work, label
 from sidecar.policy.reach import (
     ANYTHING,
     CLEAN,
     FUNCTION,
+    OUTPUTS_MAX,
     UNKNOWN,
     Column,
     Flows,
     Item,
     Relations,
     Rest,
+    bounded,
     combine,
     reach_of_all,
     renamed,
@@ -48,9 +50,10 @@ _ROWS: Final = frozenset({"SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt"
 _QUERIES: Final = frozenset({"PrepareStmt", "DeclareCursorStmt"})
 
 
-def trace(statement: Any, relations: Relations, *, executed: bool = False) -> Flows:
-    """Never raises: what is too deep or too large may be anything. `executed`: of a PREPARE or DECLARE, the query inside it."""
-    tracer = _Tracer(relations)
+def trace(statement: Any, relations: Relations, *, executed: bool = False, work: Work | None = None) -> Flows:
+    """Never raises: what is too deep or too large may be anything. `executed`: of a PREPARE or DECLARE, the query inside it. `work` is
+    shared by the statements of one text."""
+    tracer = _Tracer(relations, work or Work())
     try:
         if executed and statement.DESCRIPTOR.name in _QUERIES:
             statement = unwrap(statement.query)
@@ -105,21 +108,23 @@ class _Tracer(Values):
         try:
             if node.HasField("with_clause"):
                 ctes = self._with(node.with_clause, outer, ctes)
-            return {
+            items = {
                 "SelectStmt": self._select,
                 "InsertStmt": self._insert,
                 "UpdateStmt": self._update,
                 "DeleteStmt": self._delete,
                 "MergeStmt": self._merge,
             }[node.DESCRIPTOR.name](node, outer, ctes)
+            return bounded(items)
         finally:
             self._nested -= 1
 
-    def __init__(self, relations: Relations) -> None:
-        super().__init__(relations)
+    def __init__(self, relations: Relations, work: Work) -> None:
+        super().__init__(relations, work)
         self._nested = 0
 
     def _with(self, clause: Any, outer: Scope | None, ctes: Ctes) -> Ctes:
+        self.columns(len(ctes))
         known = dict(ctes)
         parts = [unwrap(part) for part in clause.ctes]
         if clause.recursive:
@@ -134,6 +139,7 @@ class _Tracer(Values):
         added = part.HasField("search_clause") or part.HasField("cycle_clause")
 
         def once(itself: tuple[Item, ...] | None) -> tuple[Item, ...]:
+            self.columns(len(known))
             seen = known if itself is None else {**known, part.ctename: itself}
             items = renamed(self.query(query, outer, seen), names)
             return (*items, Rest(reach_of_all(items))) if added else items
@@ -224,6 +230,9 @@ class _Tracer(Values):
                 fields = [unwrap(field) for field in node.fields]
                 if fields[-1].DESCRIPTOR.name == "A_Star":
                     items += self.star([field.sval for field in fields[:-1]], scope)
+                    self.columns(len(items))
+                    if len(items) > OUTPUTS_MAX:
+                        items = [Rest(reach_of_all(items))]
                     continue
                 found = self.reference(node, scope)
                 items.append(Column(name, found.reach, found.direct))
@@ -231,6 +240,8 @@ class _Tracer(Values):
                 items.append(Rest(self.value(node, scope, ctes)))
             else:
                 items.append(Column(name, self.value(node, scope, ctes)))
+            if len(items) > OUTPUTS_MAX:
+                items = [Rest(reach_of_all(items))]
         return tuple(items)
 
     # -- FROM
@@ -257,8 +268,8 @@ class _Tracer(Values):
         items = (*(Column(column, reach) for column in names), Rest(reach))
         return self._add(scope, alias.aliasname if alias is not None else "", items)
 
-    @staticmethod
-    def _add(scope: Scope, name: str, items: Sequence[Item], table: Table | None = None) -> list[Item]:
+    def _add(self, scope: Scope, name: str, items: Sequence[Item], table: Table | None = None) -> list[Item]:
+        self.columns(len(items))
         scope.ranges.append(Range(name, tuple(items), table))
         return list(items)
 
@@ -277,6 +288,7 @@ class _Tracer(Values):
         begin = len(scope.ranges)
         left = self._from(unwrap(node.larg), scope, ctes)
         right = self._from(unwrap(node.rarg), scope, ctes)
+        self.columns(len(left) + len(right))
         inner = Scope(self.relations, scope.outer, scope.ranges[begin:])
         items = self._merged(node, left, right, inner)
         scope.merged |= {"*"} if node.is_natural else set(strings(node.using_clause))

@@ -56,6 +56,10 @@ class Scope:
     merged: set[str] = field(default_factory=set)
     """Columns that USING made of two, so that no table's description is theirs; `*`: any may be."""
 
+    def width(self) -> int:
+        """How many columns a name may have to be looked for in."""
+        return sum(len(part.items) for level in self.levels() for part in level.ranges)
+
     def levels(self) -> Iterator[Scope]:
         scope: Scope | None = self
         while scope is not None:
@@ -87,7 +91,7 @@ class Scope:
         found = self._among(ranges, column)
         if found.certain:
             return found
-        if not found.possible:
+        if not found.possible or self.relations.may_call(column):
             return Found(ANYTHING)
         if column in ROW_FUNCTIONS:
             return Found(found.reach | together(reach_of_all(part.items) for part in ranges))

@@ -22,30 +22,51 @@ from sidecar.policy.reach import (
 from sidecar.policy.sql_tree import MAX_DEPTH, TooDeep, repeated, strings, unwrap
 from sidecar.policy.sql_vocabulary import SINKS, TABLE_BY_NAME
 
-MAX_VISITS: Final = 200_000
-"""Nodes looked at for one statement; a recursive query is looked at several times. Beyond, anything may reach anything."""
+WORK_MAX: Final = 200_000
+"""Nodes looked at for one text, and a visit more for every COLUMNS_A_VISIT columns that are copied or searched; a recursive query is
+looked at several times. A text may have as many again as it has bytes. Beyond, anything may reach anything."""
+COLUMNS_A_VISIT: Final = 32
 _NO_VALUE: Final = frozenset(
     {"A_Const", "ParamRef", "SQLValueFunction", "SetToDefault", "CurrentOfExpr", "TypeName", "String", "GroupingFunc"}
 )  # fmt: skip
 _EXISTS: Final = 1
 
 
+class Work:
+    """What may still be done for one text of `size` bytes."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, size: int = 0) -> None:
+        self.left = WORK_MAX + size
+
+    def spend(self, visits: int) -> None:
+        """Raises TooDeep."""
+        self.left -= visits
+        if self.left < 0:
+            raise TooDeep
+
+
 class Values:
     """Follows expressions; `query` is the tracer's (lineage.py)."""
 
-    def __init__(self, relations: Relations) -> None:
+    def __init__(self, relations: Relations, work: Work) -> None:
         self.relations = relations
+        self.work = work
         self.moved = CLEAN
         self.probed = CLEAN
-        self._visits = 0
 
     def query(self, node: Any, outer: Scope | None, ctes: dict[str, tuple[Item, ...]]) -> tuple[Item, ...]:
         raise NotImplementedError
 
     def visit(self, depth: int) -> None:
-        self._visits += 1
-        if depth > MAX_DEPTH or self._visits > MAX_VISITS:
+        if depth > MAX_DEPTH:
             raise TooDeep
+        self.work.spend(1)
+
+    def columns(self, count: int) -> None:
+        """So many columns are copied or searched."""
+        self.work.spend(count // COLUMNS_A_VISIT)
 
     def probe(self, node: Any, scope: Scope, ctes: dict[str, tuple[Item, ...]], depth: int = 0) -> None:
         """A condition, a group, an order: it chooses rows and carries no value."""
@@ -66,6 +87,7 @@ class Values:
             field = self._field(node, scope)
             if field is not None:
                 return field.reach
+            return self._fields(node, scope, ctes, depth)
         elif name == "NullTest":
             argument = unwrap(node.arg)
             if argument.DESCRIPTOR.name == "ColumnRef":
@@ -99,6 +121,7 @@ class Values:
 
     def reference(self, node: Any, scope: Scope) -> Found:
         """A column by name; `t.*` and `*` are rows."""
+        self.columns(scope.width())
         fields = [unwrap(field) for field in node.fields]
         names = [field.sval for field in fields if field.DESCRIPTOR.name == "String"]
         if len(names) != len(fields):
@@ -142,6 +165,18 @@ class Values:
         if not scope.named(names[0]) or scope.column(names[0]).certain:
             return None
         return scope.qualified("", names[0], steps[0].sval)
+
+    def _fields(self, node: Any, scope: Scope, ctes: dict[str, tuple[Item, ...]], depth: int) -> int:
+        """`(x).f` is a field of x, or the function f(x)."""
+        given = self.values(self.below(node), scope, ctes, depth + 1)
+        for name in strings(node.indirection):
+            if name in SINKS or name in TABLE_BY_NAME:
+                self.moved |= given
+            if name in TABLE_BY_NAME:
+                given = ANYTHING
+            elif self.relations.may_call(name):
+                given |= FUNCTION
+        return given
 
     def is_own(self, names: list[str]) -> bool:
         """Whether a function of this name may be the user's own, whose body is not in the text, and may read a masked column."""

@@ -266,3 +266,6 @@ class NamedRelations:
 
     def may_read(self, function: str) -> bool:
         return self.functions
+
+    def may_call(self, field: str) -> bool:
+        return False

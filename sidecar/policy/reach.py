@@ -62,6 +62,10 @@ class Relations(Protocol):
         """Whether what a user's own function or operator of this name returns may hold a masked column."""
         ...
 
+    def may_call(self, field: str) -> bool:
+        """Whether `(x).field` may be a call of a function that PostgreSQL does not bring, and that may read a masked column."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Flows:
@@ -85,6 +89,8 @@ class Flows:
         )
 
 
+OUTPUTS_MAX: Final = 1664
+"""PostgreSQL's own limit for a query's columns (htup_details.h, MaxTupleAttributeNumber)."""
 UNKNOWN: Final = Flows((Rest(ANYTHING),), True, ANYTHING, ANYTHING)
 
 
@@ -97,6 +103,11 @@ def together(reaches: Iterable[int]) -> int:
 
 def reach_of_all(items: Iterable[Item]) -> int:
     return together(item.reach for item in items)
+
+
+def bounded(items: Sequence[Item]) -> tuple[Item, ...]:
+    """No more columns than a query may have: beyond, all may be all."""
+    return tuple(items) if len(items) <= OUTPUTS_MAX else (Rest(reach_of_all(items)),)
 
 
 def combine(left: Sequence[Item], right: Sequence[Item]) -> tuple[Item, ...]:

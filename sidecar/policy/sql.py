@@ -13,6 +13,7 @@ import postgast
 
 from sidecar.model.verdict import SyntaxIssue
 from sidecar.policy.lineage import trace
+from sidecar.policy.lineage_values import Work
 from sidecar.policy.reach import UNKNOWN, Flows, Relations
 from sidecar.policy.sql_changes import changes_of
 from sidecar.policy.sql_facts import SECRET, Analysis, Table, together
@@ -60,6 +61,7 @@ def analyse(text: str) -> Analysis:
         for raw in tree.stmts
     ]
     found = parts[0] if len(parts) == 1 else together(parts)
+    found.size = len(text)
     if may_hold_secrets(text) or found.secret_options:
         find_passwords(text, found)
     for column, offset in found.bound_literals:
@@ -87,7 +89,8 @@ def flows(text: str, relations: Relations, *, executed: bool = False) -> list[Fl
         tree = parse(text)
     except (postgast.PgQueryError, TooDeep, ValueError, RecursionError):
         return [UNKNOWN]
-    return [trace(unwrap(raw.stmt), relations, executed=executed) for raw in tree.stmts]
+    work = Work(len(text))
+    return [trace(unwrap(raw.stmt), relations, executed=executed, work=work) for raw in tree.stmts]
 
 
 __all__ = [

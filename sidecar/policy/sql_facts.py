@@ -32,6 +32,8 @@ class Table:
 class Analysis:
     """Facts of one text (all its statements together). Names are folded as the server folds them."""
 
+    size: int = 0
+    """Of the text, in characters."""
     statements: list[str] = field(default_factory=list)
     """Kinds in order of appearance, nested ones included."""
     reads: set[Table] = field(default_factory=set)

@@ -3,7 +3,7 @@ columns seen."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.sql_bindings import Bindings
@@ -31,6 +31,9 @@ from sidecar.policy.sql_vocabulary import (
     TABLE_BY_NAME,
     TRANSACTION,
 )
+
+COMPARED_MAX: Final = 16
+"""Columns in one expression with constants; of more, the constants are taken to be any column's."""
 
 
 class Walker(Bindings):
@@ -352,5 +355,5 @@ class Walker(Bindings):
         """Constants in one expression with a column may be that column's values: `lower(ssn) LIKE '12%'`."""
         columns: set[str] = set()
         self._collect(node, columns, 0)
-        for column in columns:
+        for column in columns if len(columns) <= COMPARED_MAX else ("*",):
             self._bind(column, node)

@@ -10,6 +10,7 @@ from typing import Final
 
 from sidecar.codecs.postgres.messages import Column
 from sidecar.model.verdict import CatalogChanges, MaskPlan, ValueMask
+from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.session.postgres_functions import Functions
 
 FIRST_USER_OID = 16384
@@ -211,6 +212,12 @@ class Catalog:
     def is_whole(self, column: Column) -> bool:
         """Whether it is a row of a known relation: its statement says what is in it."""
         return column.attnum == 0 and self.is_known(column.table_oid)
+
+    def has_function(self, name: str) -> bool:
+        """Whether a function that PostgreSQL does not bring may have this name."""
+        if not self.known or self._all_doubtful or name in self.own:
+            return True
+        return self.functions.is_known(name) and name not in builtin_functions()
 
     # -- by name, for the lineage (policy.reach.Relations, see postgres_reach)
 

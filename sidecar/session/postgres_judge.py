@@ -341,7 +341,8 @@ class Judge:
             and not facts.transaction_control
             and not facts.may_change_catalog
             and kinds.isdisjoint(_OUT_OF_SIGHT)
-            and all(item.access != "call" for item in verdict.objects),
+            and all(item.access != "call" for item in verdict.objects)
+            and not any(self.catalog.has_function(name) for name in facts.fields),
             ambiguous=ambiguous,
             resets=resets,
             unseen=self._does_unseen(verdict),
@@ -405,6 +406,8 @@ class Judge:
             return True
         if any(item.access == "write" and item.name.endswith("pg_settings") for item in verdict.objects):
             return True  # an UPDATE of the view is a SET
+        if any(self.catalog.has_function(name) for name in facts.fields):
+            return True
         called = (item.name for item in verdict.objects if item.access == "call")
         return any(name not in builtin_functions() or name in self.catalog.own for name in called)
 

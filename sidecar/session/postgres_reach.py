@@ -45,6 +45,9 @@ class CatalogRelations:
     def may_read(self, function: str) -> bool:
         return self.catalog.may_read(self.plan, function)
 
+    def may_call(self, field: str) -> bool:
+        return self.catalog.has_function(field) and self.catalog.may_read(self.plan, field)
+
 
 def masked_columns(
     engine: Engine, catalog: Catalog, plan: MaskPlan, decision: Decision, count: int
@@ -94,6 +97,11 @@ def touches_masked(catalog: Catalog, plan: MaskPlan, decision: Decision) -> bool
             or (part.access == "write" and catalog.may_fire(plan, schema, name))
         ):
             return True
+    if any(
+        name in TABLE_BY_NAME or (catalog.has_function(name) and catalog.may_read(plan, name))
+        for name in facts.fields
+    ):
+        return True
     return "DO" in facts.statements and catalog.code_may_read(plan, decision.text)
 
 
@@ -117,6 +125,8 @@ def runs_unseen_code(catalog: Catalog, decision: Decision) -> bool:
             return True
         if part.access == "read" and catalog.may_call(name):
             return True
+    if any(catalog.has_function(name) for name in facts.fields):
+        return True
     if any(use.act in RETURNS_NAMED for use in facts.names) and decision.reached:
         return True
     return any(runs_unseen_code(catalog, part) for part in decision.stands_for)

@@ -43,6 +43,7 @@ CREATE FUNCTION rows_of() RETURNS TABLE (a int, b text) LANGUAGE sql AS 'SELECT 
 CREATE FUNCTION other.initcap(int) RETURNS text LANGUAGE sql AS 'SELECT ssn FROM public.customers ORDER BY id LIMIT 1';
 CREATE FUNCTION glue(int, int) RETURNS text LANGUAGE sql AS 'SELECT ssn FROM public.customers ORDER BY id LIMIT 1';
 CREATE OPERATOR %% (LEFTARG = int, RIGHTARG = int, FUNCTION = glue);
+CREATE FUNCTION spied(int) RETURNS text LANGUAGE sql AS 'SELECT ssn FROM public.customers ORDER BY id LIMIT 1';
 CREATE VIEW calling AS SELECT id, peek() AS p FROM orders;
 CREATE FUNCTION secret_error(text) RETURNS bool LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no: %'', $1; END';
 CREATE FUNCTION secret_notice() RETURNS int LANGUAGE plpgsql AS 'BEGIN RAISE NOTICE ''%'', (SELECT ssn FROM public.customers LIMIT 1); RETURN 1; END';
@@ -229,6 +230,12 @@ RESULTS: Final[tuple[tuple[str, str], ...]] = (
     # functions and operators whose body is not in the text
     ("SELECT peek()", "m"),
     ("SELECT public.peek(), 1", "mc"),
+    # a function may be written as a field
+    ("SELECT (1).spied, (SELECT 1) AS b", "mc"),
+    ("SELECT (n).spied FROM numbers", "m"),
+    ("SELECT ((SELECT 1)).spied", "m"),
+    ("SELECT ('select to_tsvector(ssn) from customers'::text).ts_stat", "m"),
+    ("SELECT (('a', 1)::pair).a, (('a', 1)::pair).b + 1", "cc"),
     ("SELECT a, b FROM rows_of()", "mm"),
     ("SELECT id, upper(name), peek() FROM customers", "ccm"),
     ("SELECT other.initcap(1), pg_catalog.initcap('a')", "mc"),
@@ -272,6 +279,10 @@ REFUSED: Final = (
     "INSERT INTO sink VALUES ((SELECT s2 FROM of_view LIMIT 1))",
     "INSERT INTO sink TABLE united",
     "INSERT INTO sink SELECT peek()",
+    "INSERT INTO sink VALUES ((1).spied)",
+    "COPY (SELECT (1).spied) TO STDOUT",
+    "COPY (SELECT ('select to_tsvector(ssn) from customers'::text).ts_stat) TO STDOUT",
+    "CREATE TABLE stolen AS SELECT (n).spied FROM numbers",
     "INSERT INTO sink VALUES (peek())",
     "INSERT INTO sink SELECT to_json(c) FROM customers c",
     "INSERT INTO sink SELECT histogram_bounds::text FROM pg_stats",

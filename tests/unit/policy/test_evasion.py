@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from sidecar.model.flow import Address, FlowFacts, Target
 from sidecar.model.operation import SqlOperation
 from sidecar.model.verdict import Action, Verdict
 from sidecar.model.workload import Workload
-from sidecar.policy import Policy, load_policy
+from sidecar.policy import Policy, lineage_values, load_policy
 from sidecar.policy.selectors import all_of
 
 TARGET = Target(Address("10.0.0.1", 5432), "db.internal", "target", "postgres", ("db.internal",))
@@ -198,6 +200,39 @@ def test_a_masked_column_cannot_be_moved_to_where_no_mask_is(masked: Policy, tex
 )
 def test_work_beside_a_masked_column_goes_on(masked: Policy, text: str) -> None:
     assert judge(masked, text).action is Action.MASK
+
+
+_DOUBLED = ", ".join(f"c{n} AS (SELECT * FROM c{n - 1} a, c{n - 1} b)" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"WITH c0 AS (SELECT * FROM customers), {_DOUBLED} SELECT * FROM c39",
+        f"WITH c0 AS (SELECT * FROM customers), {_DOUBLED} SELECT c39.ssn || '' FROM c39",
+        "SELECT " + ", ".join(["*"] * 5_000) + " FROM customers, customers b",
+        "WITH c0 AS (SELECT " + ", ".join(f"ssn AS s{n}" for n in range(1_600)) + " FROM customers) SELECT * FROM "
+        + ", ".join(f"c0 a{n}" for n in range(4_000)),
+        "WITH RECURSIVE " + ", ".join(f"c{n} AS (SELECT ssn FROM customers UNION ALL SELECT 'a')" for n in range(3_000))
+        + " SELECT * FROM c1",
+    ],
+)  # fmt: skip
+def test_columns_that_double_end_no_worker_and_lift_no_mask(masked: Policy, query: str) -> None:
+    """The first took hours; PostgreSQL refuses what has more than 1664 columns."""
+    began = time.monotonic()
+    facts = judge(masked, query).sql
+    assert facts is not None
+    assert facts.masked_reach
+    assert judge(masked, f"COPY ({query}) TO STDOUT").action is Action.DENY
+    assert time.monotonic() - began < 10
+
+
+def test_a_text_is_looked_at_only_so_long(masked: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its statements together; what is not looked at may be anything."""
+    text = "INSERT INTO sink SELECT name FROM customers; " * 40
+    assert judge(masked, text).action is Action.MASK
+    monkeypatch.setattr(lineage_values, "WORK_MAX", -len(text) + 100)
+    assert judge(masked, text[:-2] + " ").action is Action.DENY
 
 
 def test_a_hold_or_an_allow_lifts_no_mask() -> None:
