@@ -2,7 +2,7 @@
 left.
 
 Run as `python -m tests.support.exec_driver CGROUP [NAME=VALUE…] -- CMD…`. `SIDECAR_TEST_DIE=inspector` kills
-the inspector once the command runs.
+the inspector once the command runs; `SIDECAR_TEST_GRACE=0.3` is how many seconds what is left has to end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sidecar import launch
 def main() -> int:
     cut = sys.argv.index("--")
     cgroup, *extra = sys.argv[1:cut]
+    launch.LEFTOVER_GRACE_S = float(os.environ.get("SIDECAR_TEST_GRACE", launch.LEFTOVER_GRACE_S))  # type: ignore[misc]
     status = launch.split()
     if status is not None:
         return status

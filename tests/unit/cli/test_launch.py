@@ -154,6 +154,7 @@ def test_background_process_that_ignores_sigterm_is_killed(cgroup: Path) -> None
         "sh",
         "-c",
         f'{sys.executable} -c "{code}" >{cgroup.parent.name}.tmp & while ! test -s {cgroup.parent.name}.tmp; do sleep 0.05; done; rm {cgroup.parent.name}.tmp',
+        env={**os.environ, "SIDECAR_TEST_GRACE": "0.3"},
     )
     assert done.returncode == 0
     assert not processes(cgroup)
