@@ -138,6 +138,22 @@ def test_masked_denied_and_recorded(far: HttpsFar, tmp_path: Path) -> None:
     assert b"PRIVATE KEY" not in b"".join(p.read_bytes() for p in job.audit.rglob("*.frames"))
 
 
+def test_an_unchanged_command_trusts_what_it_is_given(far: HttpsFar, tmp_path: Path) -> None:
+    """`exec` names the authority to every runtime: nothing on the command line does."""
+    job = job_of(far, tmp_path, target=declared(far))
+    resolve = f"{NAME}:443:{far.hosts.far_address}"
+    done = job.run("curl", "-sS", "--max-time", "60", "--resolve", resolve, f"https://{NAME}/customers.json")
+    assert "[redacted]" in done.stdout, done.stderr
+    code = (
+        "import socket, urllib.request\n"
+        "dial = socket.create_connection\n"
+        f"socket.create_connection = lambda to, *a, **k: dial(('{far.hosts.far_address}', 443), 30)\n"
+        f"print(urllib.request.urlopen('https://{NAME}/customers.json').read().decode())\n"
+    )
+    done = job.run(sys.executable, "-c", code)
+    assert "[redacted]" in done.stdout, done.stderr
+
+
 def test_a_kept_connection_and_python(far: HttpsFar, tmp_path: Path) -> None:
     job = job_of(far, tmp_path, target=declared(far))
     code = (
