@@ -55,6 +55,8 @@ class OperationPart(msgspec.Struct, omit_defaults=True, gc=False):
     body: str | bytes | None = None
     body_bytes: int | None = None
     body_digest: str | None = None
+    prepared: tuple[str | bytes | None, ...] = ()
+    """Of EXECUTE and FETCH: the texts of PREPARE and DECLARE that they stand for, as records show them."""
 
 
 class VerdictPart(msgspec.Struct, omit_defaults=True, gc=False):

@@ -581,6 +581,9 @@ def _as_strict(decision: Decision, inner: Sequence[Decision], doubtful: bool) ->
         reached=doubtful or any(item.reached for item in inner),
         steady=not doubtful and all(item.steady for item in inner),
         unseen=doubtful or any(item.unseen for item in inner),
+        operation=msgspec.structs.replace(
+            decision.operation, prepared=tuple(item.operation.text for item in inner)
+        ),
         stands_for=tuple(inner),
         row_plans={},
     )

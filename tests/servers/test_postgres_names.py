@@ -118,6 +118,17 @@ def test_names_live_as_long_as_the_servers(wire: w.Wire) -> None:
     run(wire, "COMMIT")
 
 
+def test_the_record_has_the_text_that_a_name_stands_for(relay: SessionRelay, wire: w.Wire) -> None:
+    text = "PREPARE p(text) AS SELECT id FROM customers WHERE ssn = 'zq7wk-0001' AND name = $1"
+    run(wire, text, "EXECUTE p('name 1')")
+    operation = next(item.operation for item in reversed(relay.of_kind("request")) if item.operation)
+    assert operation.text == "EXECUTE p('[masked at 10]')"
+    assert operation.prepared == (text.replace("'zq7wk-0001'", "'[masked at 56]'"),)
+    run(wire, "BEGIN", f"DECLARE c CURSOR FOR {CLEAN}", "FETCH ALL FROM c", "COMMIT")
+    shown = [item.operation.prepared for item in relay.of_kind("request") if item.operation and item.operation.text == "FETCH ALL FROM c"]  # fmt: skip
+    assert shown == [(f"DECLARE c CURSOR FOR {CLEAN}",)]
+
+
 def test_a_failure_leaves_the_older_statement_under_the_name(wire: w.Wire) -> None:
     run(wire, f"PREPARE p AS {OPAQUE}")
     assert w.errors(wire.ask(w.query(f"PREPARE p AS {CLEAN}")))[0]["C"] == "42P05"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sidecar.codecs.postgres import messages
 from sidecar.model.flow import Address
 from sidecar.policy import load_policy
 from sidecar.session.postgres import PostgresSession
@@ -278,6 +279,27 @@ def test_a_held_statement_approved_in_a_pipeline(
     assert count(server) == "0"
     wire.send(parse(HELD), bind(), execute(), SYNC)
     relay.wait_for(lambda: len(relay.holds) == 2)  # once
+
+
+def test_what_a_held_statement_has_at_the_server(relay: SessionRelay, wire: Wire) -> None:
+    """Parse and Bind are answered before the decision, as any driver may wait for; Execute, and a simple query, are not sent."""
+    begin = len(relay.upstream)
+    asked = parse("DELETE FROM customers WHERE name = $1"), bind(b"zz-parameter")
+    wire.send(*asked, execute(), SYNC)
+    relay.wait_for(lambda: relay.holds)
+    seen = [wire.read() for _ in range(3)]
+    assert sorted(item[0] for item in seen if item) == sorted("12N")
+    assert bytes(relay.upstream[begin:]) == b"".join(asked) + FLUSH
+    relay.decide(relay.holds[0].hold_id, "rejected", reason="not today")
+    wire.until_ready()
+    refused = messages.parse(b"_sidecar_refused", b"sidecar: refused before it was sent")
+    assert bytes(relay.upstream[begin:]) == b"".join(asked) + FLUSH + refused + SYNC
+    begin = len(relay.upstream)
+    wire.send(query("DELETE FROM customers WHERE name = 'zz-literal'"))
+    relay.wait_for(lambda: len(relay.holds) == 2)
+    relay.decide(relay.holds[1].hold_id, "rejected", reason="not today")
+    wire.until_ready()
+    assert len(relay.upstream) == begin
 
 
 def test_a_client_that_leaves_withdraws_its_hold(relay: SessionRelay, wire: Wire) -> None:
