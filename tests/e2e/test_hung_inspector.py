@@ -78,11 +78,8 @@ class Job:
 
     def __init__(self, hosts: FarHost, directory: Path, on_failure: str = "closed") -> None:
         self.hosts = hosts
-        self.job = SteeredJob(hosts, directory / "job", POLICY)
-        configuration = self.job.config.read_text()
-        self.job.config.write_text(
-            configuration.replace("steering:\n", f"steering:\n  on_failure: {on_failure}\n")
-        )
+        steering = f"{{on_failure: {on_failure}, ports: {{8080: auto}}}}"
+        self.job = SteeredJob(hosts, directory / "job", POLICY, steering=steering)
         self.script = directory / "job.py"
         self.script.write_text(JOB)
 
