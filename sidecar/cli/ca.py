@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +14,14 @@ import click
 from sidecar.cli import output
 from sidecar.cli.instances import json_option
 from sidecar.cli.options import config_option
-from sidecar.errors import TrustError
+from sidecar.errors import PrerequisiteError, TrustError
 
 if TYPE_CHECKING:
     from cryptography import x509
 
     from sidecar.config import AuthorityConfig
     from sidecar.tls.authority import Authority
+    from sidecar.tls.trust import Report
 
 
 @click.group()
@@ -48,6 +51,61 @@ def show(config_file: Path | None, as_pem: bool, as_json: bool) -> None:
         for text in lines(described(certificate, settings.directory)):
             output.line(output.plain(text))
     check_validity(certificate, time.time_ns())
+
+
+root_option = click.option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("/"),
+    help="Another system's tree, such as an unpacked image; its own tools run in it, by chroot.",
+)
+
+
+@ca.command()
+@config_option
+@root_option
+@json_option
+def install(config_file: Path | None, root: Path, as_json: bool) -> None:
+    """Make this host trust the authority: system store, Java keystores, and files for runtimes with stores of their own.
+
+    The authority is made where there is none yet. What is there is appended to, never replaced. Exit status 1 where a store was passed
+    over.
+    """
+    from sidecar.tls import trust
+    from sidecar.tls.authority import Authority
+
+    if os.geteuid() != 0:
+        raise PrerequisiteError("trust stores are root's", hint="run it as root")
+    settings = _settings(config_file)
+    made = Authority.open(
+        settings.directory,
+        lifetime_s=settings.lifetime_s,
+        leaf_lifetime_s=settings.leaf_lifetime_s,
+        permitted=settings.permitted,
+    )
+    _report(trust.install(made.certificate_pem, root), as_json)
+
+
+@ca.command()
+@root_option
+@json_option
+def uninstall(root: Path, as_json: bool) -> None:
+    """Undo `install`, byte for byte. The authority itself stays."""
+    from sidecar.tls import trust
+
+    _report(trust.uninstall(root), as_json)
+
+
+def _report(report: Report, as_json: bool) -> None:
+    if as_json:
+        output.emit_json({"done": report.done, "failed": report.failed})
+    else:
+        for text in report.done:
+            output.line(output.plain(text))
+        for text in report.failed:
+            output.note(f"not done: {output.plain(text)}")
+    if report.failed:
+        sys.exit(1)
 
 
 @ca.command()
@@ -84,6 +142,7 @@ def described(certificate: x509.Certificate, directory: Path) -> dict[str, Any]:
         "not_after_ns": int(certificate.not_valid_after_utc.timestamp()) * 1_000_000_000,
         "path": str(directory / CERTIFICATE_FILE),
         "permitted": list(certificates.constraints_of(certificate).texts()),
+        "in_system_store": _in_system_store(certificates.pem(certificate)),
     }
 
 
@@ -96,7 +155,17 @@ def lines(found: dict[str, Any]) -> list[str]:
         + (f", {output.duration(left_ns)} left" if left_ns > 0 else ", EXPIRED"),
         f"vouches for  {', '.join(found['permitted']) or 'everything (tls.authority.permitted is not set)'}",
         f"certificate  {found['path']}",
+        "trusted by   this host's system store"
+        if found["in_system_store"]
+        else "trusted by   nobody but `sidecar exec`: sidecar ca install, as root",
     ]
+
+
+def _in_system_store(certificate_pem: bytes) -> bool:
+    from sidecar.tls import bundles
+
+    bundle = bundles.system_bundle()
+    return bundle is not None and bundles.holds(bundles.read_bounded(bundle), certificate_pem)
 
 
 def _day(moment_ns: int) -> str:

@@ -70,6 +70,15 @@ def combined(theirs: bytes, certificate_pem: bytes) -> bytes:
     return b"".join([*(block for block in blocks if not holds(block, certificate_pem)), certificate_pem])
 
 
+def without(data: bytes, certificate_pem: bytes) -> bytes:
+    """`data` but for the blocks that are this certificate; every other byte stays."""
+    for match in reversed(list(_BLOCK.finditer(data))):
+        if holds(match[0], certificate_pem):
+            end = match.end() + (1 if data[match.end() : match.end() + 1] == b"\n" else 0)
+            data = data[: match.start()] + data[end:]
+    return data
+
+
 def system_bundle(root: Path = Path("/")) -> Path | None:
     """The file with the roots of the system that is at `root`, as seen from here; None where there is none that holds any."""
     return next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+
+from tests.support import system_tree
 
 SIDECAR = Path(sys.executable).with_name("sidecar")
 
@@ -68,6 +71,55 @@ def test_regenerate_makes_another(config: Path) -> None:
     assert "sidecar ca install" in second.stderr
     certificate = x509.load_pem_x509_certificate((config.parent / "ca" / "authority.pem").read_bytes())
     assert certificate.subject.rfc4514_string() == first["subject"]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not system_tree.available(), reason="needs root, busybox-static and ca-certificates")
+def test_install_and_uninstall(config: Path, tmp_path: Path) -> None:
+    """The authority is made on the way; what is said is also JSON."""
+    root = system_tree.make(tmp_path / "root", "debian")
+    before = system_tree.fingerprint(root)
+    done = ca("install", config, "--root", str(root), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert said["failed"] == []
+    assert said["done"][0] == "system store, by update-ca-certificates"
+    pem = ca("show", config, "--pem").stdout
+    assert pem in (root / "etc/ssl/certs/ca-certificates.crt").read_text()
+    again = ca("install", config, "--root", str(root))
+    assert again.stdout == "installed already: nothing to do\n"
+    undone = subprocess.run(
+        [str(SIDECAR), "ca", "uninstall", "--root", str(root)], capture_output=True, text=True
+    )
+    assert (undone.returncode, undone.stderr) == (0, "")
+    assert undone.stdout.startswith("taken out; ")
+    found = system_tree.fingerprint(root)
+    assert {name: entry for name, entry in found.items() if name not in ("var", "var/lib")} == before
+    assert (config.parent / "ca" / "authority.key").exists()
+
+
+@pytest.mark.root
+def test_what_was_passed_over_is_exit_status_1(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    done = ca("install", config, "--root", str(tmp_path / "root"))
+    assert done.returncode == 1
+    assert "not done: the system has no roots" in done.stderr
+    absent = ca("install", config, "--root", str(tmp_path / "absent"))
+    assert absent.returncode == 3
+    assert "is no directory" in absent.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_only_root_installs(config: Path) -> None:
+    ca("regenerate", config)
+    for command in ("install", "uninstall"):
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--clear-groups", str(SIDECAR), "ca", command],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 3, done.stderr
+        assert done.stderr.splitlines()[-1] == "hint: run it as root"
 
 
 def test_broken_files_are_said(config: Path) -> None:

@@ -133,7 +133,7 @@ def test_wrong_usage(sidecar: Sidecar, arguments: tuple[str, ...], words: str, h
     assert hint in lines[-1]
 
 
-@pytest.mark.parametrize("group", [(), ("policy",), ("approvals",), ("audit",)])
+@pytest.mark.parametrize("group", [(), ("policy",), ("approvals",), ("audit",), ("ca",)])
 def test_a_group_alone_shows_its_commands(sidecar: Sidecar, group: tuple[str, ...]) -> None:
     done = sidecar(*group)
     assert (done.status, done.out) == (2, "")
