@@ -16,7 +16,7 @@ from sidecar.tls import bundles, environment
 from sidecar.tls.authority import Authority
 from sidecar.tls.loopback import Loopback
 
-PLAIN = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LANG": "C.UTF-8"}
+PLAIN = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
 SYSTEM = Path("/etc/ssl/certs/ca-certificates.crt")
 
 PYTHON_SSL = "import ssl, urllib.request as r, urllib.error as e, sys\ntry: r.urlopen(sys.argv[1])\nexcept e.HTTPError: pass"
@@ -28,7 +28,7 @@ CLIENTS = {
     "httpx": [sys.executable, "-c", "import httpx, sys; httpx.get(sys.argv[1])", "URL"],
     "node": ["node", "-e", "fetch(process.argv[1]).then(r => r.text(), e => { console.error(e); process.exit(1) })", "URL"],
     "git": ["sh", "-c", "git ls-remote URL 2>&1 | tee /dev/stderr | grep -q 'not found'"],
-    "pip": [sys.executable, "-m", "pip", "download", "--retries", "0", "--no-deps", "-d", "/nonexistent", "-i", "URL", "nothing-there"],
+    "pip": [sys.executable, "-m", "pip", "download", "--retries", "0", "--no-deps", "-d", "DIR", "-i", "URL", "nothing-there"],
     "npm": ["npm", "view", "nothing-there", "--registry", "URL", "--fetch-retries", "0"],
     "wget": ["sh", "-c", "wget --tries=1 -O /dev/null URL 2>&1 | tee /dev/stderr | grep -q 404"],
 }  # fmt: skip
@@ -56,7 +56,9 @@ def talk(name: str, server: Loopback, tmp_path: Path, variables: dict[str, str])
     if name in ("node", "npm") and not SYSTEM.is_file():
         pytest.skip("no system roots")
     words = [
-        word.replace("URL", f"https://localhost:{server.port}/").replace("PORT", str(server.port))
+        word.replace("URL", f"https://localhost:{server.port}/")
+        .replace("PORT", str(server.port))
+        .replace("DIR", str(tmp_path / "downloads"))
         for word in CLIENTS[name]
     ]
     before = server.answered
