@@ -193,6 +193,8 @@ class SqlFacts:
     """Definitions, settings and the like: no row of a table is looked at, so that no message can quote one."""
     names: tuple[NameUse, ...] = ()
     """In their order in the text."""
+    bodies: tuple[str, ...] = ()
+    """Code of DO blocks and functions, where it may not move masked columns."""
     fields: tuple[str, ...] = ()
     """`f` of `(x).f` and of `t.f`: it may be a function's name."""
     password_spans: tuple[tuple[int, int], ...] = ()

@@ -450,6 +450,8 @@ class Policy:
             plan.may_mask_table(table.schema, table.name) for table in analysis.reads | analysis.writes
         )
         stored = any(touched if column == "*" else plan.may_mask_column(column) for column in analysis.stored)
+        if any(plan.names_schema(schema) for schema in analysis.renamed_schemas):
+            return "a mask names this schema, and would mask nothing under another name"
         flows = _flows(analysis, plan, functions=functions)
         return self.refuses_reach(
             moved=together(flow.moved for flow in flows) | (MASKED if stored or named else CLEAN),
@@ -463,6 +465,7 @@ class Policy:
         strict = "deny" in (document.on_derived, document.on_opaque, document.predicates)
         return (
             strict
+            or bool(analysis.do_bodies)
             or not MOVING.isdisjoint(analysis.statements)
             or not (SINKS | TABLE_BY_NAME).isdisjoint(analysis.functions | analysis.value_fields)
         )
@@ -505,6 +508,7 @@ class Policy:
             refusal=self._refusal(analysis, plan, functions=not operation.bodies_known),
             may_move=plan.has_columns and self._may_move(analysis),
             changes=analysis.changes,
+            bodies=tuple(analysis.do_bodies) if self.document.on_opaque != "allow" else (),
             names=analysis.names,
             looks_at_no_row=all(
                 part.tree is not None and part.tree.DESCRIPTOR.name in LOOK_AT_NO_ROW

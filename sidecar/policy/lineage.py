@@ -40,6 +40,7 @@ Ctes = dict[str, tuple[Item, ...]]
 MAX_ROUNDS: Final = 8
 """Of a recursive query, until its columns' reach stands still; beyond, they may be anything."""
 _SETOP_NONE: Final = 1
+_SETOP_INTERSECT: Final = 3
 _SETOP_EXCEPT: Final = 4
 _ONE_COLUMN: Final = frozenset(
     {"generate_series", "generate_subscripts", "regexp_split_to_table", "string_to_table", "json_object_keys",
@@ -47,6 +48,10 @@ _ONE_COLUMN: Final = frozenset(
      "jsonb_array_elements_text", "now", "current_date"}
 )  # fmt: skip
 _ROWS: Final = frozenset({"SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt"})
+_KEEPS_EXPRESSIONS: Final = frozenset(
+    {"CreateStmt", "AlterTableStmt", "CreateDomainStmt", "AlterDomainStmt", "CreateForeignTableStmt"}
+)
+"""Defaults, generated columns, bounds of partitions."""
 _QUERIES: Final = frozenset({"PrepareStmt", "DeclareCursorStmt"})
 
 
@@ -60,6 +65,12 @@ def trace(statement: Any, relations: Relations, *, executed: bool = False, work:
         return tracer.statement(statement)
     except (TooDeep, RecursionError):
         return UNKNOWN
+
+
+def _more(item: Item, reach: int) -> Item:
+    if isinstance(item, Column):
+        return Column(item.name, item.reach | reach, item.direct)
+    return Rest(item.reach | reach, item.table)
 
 
 class _Tracer(Values):
@@ -81,20 +92,42 @@ class _Tracer(Values):
             self._copy(node)
         elif name == "CreateTableAsStmt":
             query = unwrap(node.query)
-            self.moved |= (
+            self.moves(
                 reach_of_all(self.query(query, None, {})) if query.DESCRIPTOR.name in _ROWS else ANYTHING
             )
+        elif name in _KEEPS_EXPRESSIONS:
+            # What a default makes of a column of the same row is not known, nor a secret of another's.
+            kept = Scope(self.relations, None, [Range("", (Rest(CLEAN),))])
+            self.moves(self.values(self.below(node), kept, {}, 1))
+        elif name == "RuleStmt":
+            self._rule(node)
         elif name == "CallStmt":
             outputs, returns = (Rest(self.value(node.funccall, Scope(self.relations), {})),), True
         elif name == "VariableShowStmt":
             outputs, returns = (Rest(CLEAN),), True
+        if self.unwritten:
+            outputs = tuple(
+                item if isinstance(item, Column) and item.direct else _more(item, self.unwritten)
+                for item in outputs
+            )
         return Flows(outputs, returns, self.moved, self.probed)
+
+    def _rule(self, node: Any) -> None:
+        table = Table(node.relation.schemaname, node.relation.relname)
+        items = range_items(table, self.relations)
+        rows = Scope(self.relations, None, [Range(name, items, table) for name in ("old", "new")])
+        if node.HasField("where_clause"):
+            self.probe(unwrap(node.where_clause), rows, {})
+        for action in node.actions:
+            query = unwrap(action)
+            if query.DESCRIPTOR.name in _ROWS:
+                self.query(query, rows, {})
 
     def _copy(self, node: Any) -> None:
         if node.is_from:
             return
         if node.HasField("query"):
-            self.moved |= reach_of_all(self.query(unwrap(node.query), None, {}))
+            self.moves(reach_of_all(self.query(unwrap(node.query), None, {})))
         else:
             table = Table(node.relation.schemaname, node.relation.relname)
             for column in strings(node.attlist) or ["*"]:
@@ -121,6 +154,8 @@ class _Tracer(Values):
 
     def __init__(self, relations: Relations, work: Work) -> None:
         super().__init__(relations, work)
+        self.unwritten = FUNCTION if relations.casts_by_own(()) else CLEAN
+        """What casts may bring that nobody wrote."""
         self._nested = 0
 
     def _with(self, clause: Any, outer: Scope | None, ctes: Ctes) -> Ctes:
@@ -166,8 +201,10 @@ class _Tracer(Values):
             left, right = self.query(node.larg, outer, ctes), self.query(node.rarg, outer, ctes)
             if int(node.op) == _SETOP_EXCEPT:
                 # Its rows are the left side's, chosen by the right side's.
-                self.probed |= reach_of_all(right)
+                self.probed |= reach_of_all(left) | reach_of_all(right)
                 right = left
+            elif int(node.op) == _SETOP_INTERSECT or not node.all:
+                self.probed |= reach_of_all(left) | reach_of_all(right)
             items = combine(left, right)
         elif len(node.values_lists):
             items = self._values_lists(node.values_lists, scope, ctes)
@@ -205,8 +242,10 @@ class _Tracer(Values):
                 exact = all(isinstance(item, Column) for item in items[:number])
                 self.probed |= items[number - 1].reach if exact else reach_of_all(items)
             return
-        if kind != "Node":  # an empty DISTINCT
+        if kind != "Node":
             self.probe(inner, scope, ctes)
+        else:  # DISTINCT of the whole row
+            self.probed |= reach_of_all(items)
 
     def _values_lists(self, rows: Any, scope: Scope, ctes: Ctes) -> tuple[Item, ...]:
         columns: list[int] = []
@@ -255,6 +294,8 @@ class _Tracer(Values):
         if name == "JoinExpr":
             return self._join(node, scope, ctes)
         if name == "RangeTableSample":
+            for part in (*node.args, *([node.repeatable] if node.HasField("repeatable") else ())):
+                self.probe(unwrap(part), scope, ctes)
             return self._from(unwrap(node.relation), scope, ctes)
         if name == "RangeSubselect":
             items = self.query(unwrap(node.subquery), scope if node.lateral else scope.outer, ctes)
@@ -334,6 +375,7 @@ class _Tracer(Values):
             if len(pair) > 1 and pair[1].DESCRIPTOR.name == "List":
                 definitions += list(pair[1].items)
         reach = self.values(calls, scope, ctes, 1)
+        self.probed |= reach  # how many rows there are
         called = [strings(call.funcname) for call in calls if call.DESCRIPTOR.name == "FuncCall"]
         alias = node.alias.aliasname
         names = strings(node.alias.colnames) or [unwrap(item).colname for item in definitions]
@@ -355,6 +397,7 @@ class _Tracer(Values):
     # -- statements that write
 
     def _target(self, relation: Any, scope: Scope) -> Range:
+        self.moved |= self.unwritten
         table = Table(relation.schemaname, relation.relname)
         name = relation.alias.aliasname or relation.relname
         part = Range(name, range_items(table, self.relations), table)
@@ -365,9 +408,9 @@ class _Tracer(Values):
     def _insert(self, node: Any, outer: Scope | None, ctes: Ctes) -> tuple[Item, ...]:
         source: tuple[Item, ...] = ()
         if node.HasField("select_stmt"):
-            source = self.query(unwrap(node.select_stmt), None, ctes)
+            source = self.query(unwrap(node.select_stmt), outer, ctes)
             self.moved |= reach_of_all(source)
-        scope = Scope(self.relations)
+        scope = Scope(self.relations, outer)
         target = self._target(node.relation, scope)
         if node.HasField("on_conflict_clause"):
             clause = node.on_conflict_clause
@@ -380,7 +423,7 @@ class _Tracer(Values):
         return self._returning(node, target, scope, ctes)
 
     def _update(self, node: Any, outer: Scope | None, ctes: Ctes) -> tuple[Item, ...]:
-        scope = Scope(self.relations)
+        scope = Scope(self.relations, outer)
         target = self._target(node.relation, scope)
         for part in node.from_clause:
             scope.star += self._from(unwrap(part), scope, ctes)
@@ -389,7 +432,7 @@ class _Tracer(Values):
         return self._returning(node, target, scope, ctes)
 
     def _delete(self, node: Any, outer: Scope | None, ctes: Ctes) -> tuple[Item, ...]:
-        scope = Scope(self.relations)
+        scope = Scope(self.relations, outer)
         target = self._target(node.relation, scope)
         for part in node.using_clause:
             scope.star += self._from(unwrap(part), scope, ctes)
@@ -397,7 +440,7 @@ class _Tracer(Values):
         return self._returning(node, target, scope, ctes)
 
     def _merge(self, node: Any, outer: Scope | None, ctes: Ctes) -> tuple[Item, ...]:
-        scope = Scope(self.relations)
+        scope = Scope(self.relations, outer)
         star = self._from(unwrap(node.source_relation), scope, ctes)
         target = self._target(node.relation, scope)
         scope.star = [*star, *target.items]
@@ -408,7 +451,7 @@ class _Tracer(Values):
                 self.probe(unwrap(clause.condition), scope, ctes)
             if not len(clause.values):
                 self._assign(clause.target_list, target.name, scope, ctes, alone=False)
-            self.moved |= self.values([unwrap(value) for value in clause.values], scope, ctes)
+            self.moves(self.values([unwrap(value) for value in clause.values], scope, ctes))
         return self._returning(node, target, scope, ctes)
 
     def _where(self, node: Any, scope: Scope, ctes: Ctes) -> None:
@@ -427,7 +470,7 @@ class _Tracer(Values):
                 else:
                     value = source
             if not self._of_itself(value, name, target.name, alone=alone):
-                self.moved |= self.value(value, scope, ctes)
+                self.moves(self.value(value, scope, ctes))
 
     def _of_itself(self, node: Any, table: str, column: str, *, alone: bool) -> bool:
         """Whether the only column in a value is `column` of the row that is changed."""

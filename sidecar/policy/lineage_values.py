@@ -20,7 +20,7 @@ from sidecar.policy.reach import (
     together,
 )
 from sidecar.policy.sql_tree import MAX_DEPTH, TooDeep, repeated, strings, unwrap
-from sidecar.policy.sql_vocabulary import SINKS, TABLE_BY_NAME
+from sidecar.policy.sql_vocabulary import SET_RETURNING, SINKS, TABLE_BY_NAME
 
 WORK_MAX: Final = 200_000
 """Nodes looked at for one text, and a visit more for every COLUMNS_A_VISIT columns that are copied or searched; a recursive query is
@@ -30,6 +30,7 @@ _NO_VALUE: Final = frozenset(
     {"A_Const", "ParamRef", "SQLValueFunction", "SetToDefault", "CurrentOfExpr", "TypeName", "String", "GroupingFunc"}
 )  # fmt: skip
 _EXISTS: Final = 1
+_CHECK: Final = 6
 
 
 class Work:
@@ -68,9 +69,17 @@ class Values:
         """So many columns are copied or searched."""
         self.work.spend(count // COLUMNS_A_VISIT)
 
+    # `self.moved |= self.value(…)` would read the left side first and lose what the right side adds to it.
+
+    def moves(self, reach: int) -> None:
+        self.moved |= reach
+
+    def probes(self, reach: int) -> None:
+        self.probed |= reach
+
     def probe(self, node: Any, scope: Scope, ctes: dict[str, tuple[Item, ...]], depth: int = 0) -> None:
         """A condition, a group, an order: it chooses rows and carries no value."""
-        self.probed |= self.value(node, scope, ctes, depth)
+        self.probes(self.value(node, scope, ctes, depth))
 
     def value(self, node: Any, scope: Scope, ctes: dict[str, tuple[Item, ...]], depth: int = 0) -> int:
         self.visit(depth)
@@ -79,6 +88,9 @@ class Values:
             return CLEAN
         if name == "ColumnRef":
             return self.reference(node, scope).reach
+        if name == "Constraint" and int(node.contype) == _CHECK:
+            self.probe(unwrap(node.raw_expr), scope, ctes, depth + 1)
+            return CLEAN
         if name == "FuncCall":
             return self._call(node, scope, ctes, depth)
         if name == "SubLink":
@@ -95,7 +107,8 @@ class Values:
                 self.probe(argument, scope, ctes, depth + 1)
                 return CLEAN
         elif name == "TypeCast":
-            return self.value(unwrap(node.arg), scope, ctes, depth + 1)
+            casts = self.relations.casts_by_own(tuple(strings(node.type_name.names)))
+            return self.value(unwrap(node.arg), scope, ctes, depth + 1) | (FUNCTION if casts else CLEAN)
         elif name in ("SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt", "MergeStmt"):
             return reach_of_all(self.query(node, scope, ctes))
         found = CLEAN
@@ -209,6 +222,8 @@ class Values:
         name = names[-1] if names else ""
         if name in SINKS or name in TABLE_BY_NAME:
             self.moved |= given
+        if name in SET_RETURNING or node.agg_distinct:
+            self.probed |= given
         own = FUNCTION if self.is_own(names) else CLEAN
         if name in TABLE_BY_NAME:
             return ANYTHING

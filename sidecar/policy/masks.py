@@ -183,6 +183,10 @@ class Plan:
             for pattern in self.columns
         )
 
+    def names_schema(self, schema: str) -> bool:
+        """Whether a pattern masks in this schema and not in every other."""
+        return any(pattern.schema != "*" and _part(pattern.schema, schema) for pattern in self.columns)
+
     def may_mask_column(self, column: str) -> bool:
         return column == "*" or any(_part(pattern.column, column) for pattern in self.columns)
 
@@ -191,6 +195,10 @@ class Plan:
         table is a wildcard), or makes statements out of strings."""
         lowered = code.lower()
         if self.columns and ("execute" in lowered or "u&" in lowered):
+            return True
+        if "rename" in lowered and any(
+            pattern.schema != "*" and pattern.schema.lower() in lowered for pattern in self.columns
+        ):
             return True
         for pattern in self.columns:
             name = pattern.table if "*" not in pattern.table else pattern.column
@@ -266,6 +274,9 @@ class NamedRelations:
 
     def may_read(self, function: str) -> bool:
         return self.functions
+
+    def casts_by_own(self, type_name: tuple[str, ...]) -> bool:
+        return False
 
     def may_call(self, field: str) -> bool:
         return False

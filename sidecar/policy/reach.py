@@ -62,6 +62,10 @@ class Relations(Protocol):
         """Whether what a user's own function or operator of this name returns may hold a masked column."""
         ...
 
+    def casts_by_own(self, type_name: tuple[str, ...]) -> bool:
+        """Whether a cast to this type (empty: one that nobody wrote) may run a function of the users' own that may read a masked column."""
+        ...
+
     def may_call(self, field: str) -> bool:
         """Whether `(x).field` may be a call of a function that PostgreSQL does not bring, and that may read a masked column."""
         ...

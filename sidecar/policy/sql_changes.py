@@ -43,7 +43,7 @@ def changes_of(statement: Any) -> CatalogChanges:
         kinds = {int(unwrap(command).subtype) for command in statement.cmds}
         if int(statement.objtype) == _TABLE and kinds.isdisjoint(_INHERITS):
             return CatalogChanges(altered=changed)
-        return CatalogChanges(redefined=changed)
+        return CatalogChanges(redefined=(*changed, *_parents(statement)))
     if name == "ViewStmt":
         return CatalogChanges(redefined=(statement.view.relname,))
     if name in ("RuleStmt", "AlterObjectSchemaStmt", "RenameStmt"):
@@ -78,6 +78,12 @@ def _function(statement: Any) -> FunctionMade:
     if body is None or language is None or statement.HasField("sql_body"):
         return FunctionMade(name)
     return FunctionMade(name, language.sval.lower(), "".join(strings(body.items)[:1]))
+
+
+def _parents(statement: Any) -> list[str]:
+    """Tables that show the rows of the one that is altered from now on."""
+    found = [unwrap(getattr(unwrap(command), "def")) for command in statement.cmds]
+    return [part.relname for part in found if part.DESCRIPTOR.name == "RangeVar"]
 
 
 def _renamed(statement: Any, name: str) -> CatalogChanges:

@@ -50,6 +50,7 @@ class Analysis:
     """Settings that are SET or RESET; `*` for all or for one that cannot be known."""
     stored: set[str] = field(default_factory=set)
     """Column names that a definition puts under another name, or under another column; `*` for all."""
+    renamed_schemas: set[str] = field(default_factory=set)
     copy_out: bool = False
     copy_unread: bool = False
     """COPY … TO a file, a program, or in binary: no detector can read and rewrite its rows."""
@@ -93,6 +94,7 @@ def together(parts: list[Analysis]) -> Analysis:
             "functions",
             "settings",
             "stored",
+            "renamed_schemas",
             "value_fields",
             "row_fields",
         ):

@@ -128,15 +128,34 @@ ROW_FUNCTIONS: Final = frozenset(
     }
 )  # fmt: skip
 """May be called as if they were columns of a row: `c.to_json`."""
-MOVING: Final = frozenset({"INSERT", "UPDATE", "MERGE", "COPY", "CREATE"})
+MOVING: Final = frozenset({"INSERT", "UPDATE", "MERGE", "COPY", "CREATE", "ALTER"})
 """Kinds that may put a value where another may read it."""
 SINKS: Final = frozenset(
     {
         "pg_notify", "set_config", "lo_from_bytea", "lo_put", "lowrite", "pg_logical_emit_message", "pg_file_write",
         "dblink_send_query", "dblink_open", "dblink_connect",
+        "setval", "setseed", "lo_create", "lo_creat", "lo_open", "lo_truncate", "lo_truncate64", "lo_lseek", "lo_lseek64",
+        "pg_advisory_lock", "pg_advisory_lock_shared", "pg_advisory_xact_lock", "pg_advisory_xact_lock_shared",
+        "pg_try_advisory_lock", "pg_try_advisory_lock_shared", "pg_try_advisory_xact_lock", "pg_try_advisory_xact_lock_shared",
+        "pg_create_physical_replication_slot", "pg_create_logical_replication_slot", "pg_copy_physical_replication_slot",
+        "pg_copy_logical_replication_slot", "pg_replication_slot_advance", "pg_replication_origin_create",
+        "pg_replication_origin_advance", "pg_replication_origin_session_setup", "pg_replication_origin_xact_setup",
+        "pg_create_restore_point", "pg_backup_start", "pg_start_backup", "pg_extension_config_dump", "pg_cancel_backend",
+        "pg_terminate_backend", "pg_log_backend_memory_contexts", "pg_sleep", "pg_sleep_for", "pg_sleep_until",
+        "pg_set_relation_stats", "pg_set_attribute_stats", "pg_restore_relation_stats", "pg_restore_attribute_stats",
     }
 )  # fmt: skip
-"""Functions that put their arguments where no mask reaches."""
+"""Functions that put their arguments where no mask reaches: a setting, a sequence, a lock, an object's name, a log, a time."""
+SET_RETURNING: Final = frozenset(
+    {
+        "generate_series", "generate_subscripts", "unnest", "regexp_matches", "regexp_split_to_table", "string_to_table",
+        "json_each", "json_each_text", "jsonb_each", "jsonb_each_text", "json_array_elements", "json_array_elements_text",
+        "jsonb_array_elements", "jsonb_array_elements_text", "json_object_keys", "jsonb_object_keys", "json_populate_recordset",
+        "jsonb_populate_recordset", "json_to_recordset", "jsonb_to_recordset", "jsonb_path_query", "jsonb_path_query_tz",
+        "ts_parse", "ts_debug", "ts_stat", "aclexplode", "pg_options_to_table",
+    }
+)  # fmt: skip
+"""How many rows they make depends on their arguments."""
 COMPARES: Final = frozenset({"A_Expr", "FuncCall", "NullTest", "CaseExpr", "CoalesceExpr", "MinMaxExpr"})
 DEFINED: Final = ("into_clause", "into", "view", "relation", "rel", "table")
 """Fields that name what a statement defines or changes."""

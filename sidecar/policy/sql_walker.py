@@ -14,6 +14,7 @@ from sidecar.policy.sql_tree import (
     column_name,
     filters,
     has_bare_constants,
+    holds,
     names_in,
     repeated,
     strings,
@@ -32,6 +33,8 @@ from sidecar.policy.sql_vocabulary import (
     TRANSACTION,
 )
 
+_WRITES: Final = {"insert": "InsertStmt", "update": "UpdateStmt", "merge": "MergeStmt"}
+_OBJECT_SCHEMA: Final = 37
 COMPARED_MAX: Final = 16
 """Columns in one expression with constants; of more, the constants are taken to be any column's."""
 
@@ -216,6 +219,8 @@ class Walker(Bindings):
             self._written(node.relation)
             # Under another name no pattern would know it.
             self.found.stored.add(node.subname or "*")
+        elif int(node.rename_type) == _OBJECT_SCHEMA:
+            self.found.renamed_schemas.add(node.subname)
 
     def _AlterObjectSchemaStmt(self, node: Any, depth: int) -> None:
         if node.HasField("relation"):
@@ -245,8 +250,14 @@ class Walker(Bindings):
     def _CreateFunctionStmt(self, node: Any, depth: int) -> None:
         """Whoever may make a function may call it: its body is as good as a DO block's."""
         self._body(node.options)
+        if strings(node.return_type.names)[-1:] == ["trigger"]:
+            self.found.do_bodies = [
+                body + " new" for body in self.found.do_bodies
+            ]  # whatever it calls its row
         if node.HasField("sql_body"):
-            self.found.do_bodies.append(" ".join(sorted(names_in(unwrap(node.sql_body), 0))))
+            body = unwrap(node.sql_body)
+            words = names_in(body, 0) | {word for word, kind in _WRITES.items() if holds(body, kind)}
+            self.found.do_bodies.append(" ".join(sorted(words)))
 
     def _body(self, options: Any) -> None:
         self.found.constant_sensitive = True

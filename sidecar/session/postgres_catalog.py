@@ -11,6 +11,7 @@ from typing import Final
 from sidecar.codecs.postgres.messages import Column
 from sidecar.model.verdict import CatalogChanges, MaskPlan, ValueMask
 from sidecar.policy.builtin_functions import builtin_functions
+from sidecar.policy.sql_vocabulary import SINKS
 from sidecar.session.postgres_functions import Functions
 
 FIRST_USER_OID = 16384
@@ -19,6 +20,8 @@ FIRST_USER_OID = 16384
 _STATISTICS: Final = ("most_common_", "histogram_bounds", "range_", "stavalues", "stxd")
 """Columns of the planner's statistics that show values of other tables begin so."""
 _STATISTICS_TABLES: Final = ("pg_stats", "pg_statistic")
+_MOVE: Final = frozenset({"insert", "update", "merge", "copy", "create", "alter", "notify", "new", *SINKS})
+"""Words of code that puts values where others may read them."""
 PLANS_MAX: Final = 8
 _NONE: Final[frozenset[str]] = frozenset()
 _SYSTEM_SCHEMAS: Final = frozenset({"pg_catalog", "information_schema"})
@@ -96,6 +99,26 @@ UNION ALL
 SELECT DISTINCT 't', '0', p.proname::pg_catalog.text, '', '', ''
   FROM pg_catalog.pg_event_trigger e JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) e.evtfoid
 UNION ALL
+SELECT 'a', t.typname::pg_catalog.text, p.proname::pg_catalog.text, a.castcontext::pg_catalog.text, '', ''
+  FROM pg_catalog.pg_cast a
+  JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) a.castfunc
+  JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) a.casttarget OR t.typbasetype OPERATOR(pg_catalog.=) a.casttarget
+ WHERE p.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
+UNION ALL
+SELECT 's', c.oid::pg_catalog.text, a.attnum::pg_catalog.text, a.attname::pg_catalog.text, '', ''
+  FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) a.attrelid
+ WHERE c.oid OPERATOR(pg_catalog.<) 16384::pg_catalog.oid AND a.attnum OPERATOR(pg_catalog.>) 0
+   AND c.relname OPERATOR(pg_catalog.=) ANY (ARRAY['pg_stats','pg_stats_ext','pg_stats_ext_exprs','pg_statistic',
+                                                   'pg_statistic_ext_data']::pg_catalog.name[])
+UNION ALL
+SELECT 'v', r.ev_class::pg_catalog.text, s.oid::pg_catalog.text, '0', '', ''
+  FROM pg_catalog.pg_rewrite r
+  JOIN pg_catalog.pg_class s ON pg_catalog.strpos(r.ev_action::pg_catalog.text,
+                                pg_catalog.concat(':relid ', s.oid::pg_catalog.text, ' ')) OPERATOR(pg_catalog.>) 0
+ WHERE r.ev_class OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
+   AND s.relname OPERATOR(pg_catalog.=) ANY (ARRAY['pg_statistic','pg_statistic_ext_data']::pg_catalog.name[])
+   AND s.oid OPERATOR(pg_catalog.<) 16384::pg_catalog.oid
+UNION ALL
 SELECT 'i', i.inhrelid::pg_catalog.text, i.inhparent::pg_catalog.text, '', '', '' FROM pg_catalog.pg_inherits i
 """
 
@@ -133,6 +156,11 @@ class Catalog:
         """Tables that got triggers since; empty: event triggers may have come."""
         self.functions = Functions()
         self._parents: dict[int, set[int]] = {}
+        self._casts: dict[str, set[str]] = {}
+        """Functions of the users' own in casts, by the type that is made; under the empty name, of casts that need not be written."""
+        self._children: dict[int, set[int]] = {}
+        self._statistics: set[tuple[int, int]] = set()
+        """Columns of the system's own relations that show values of other tables; under 0, of any of a relation."""
         self.own: set[str] = set()
         """Names of the users' own functions and operators; one of PostgreSQL's may have the same."""
         self._made: set[str] = set()
@@ -175,8 +203,17 @@ class Catalog:
                 self.functions.add(first, second, "" if UNREADABLE in first + third else third)
             elif kind == "p":
                 self.own.add(first)
+            elif kind == "a":
+                self._casts.setdefault(first, set()).add(second)
+                self.own.add(first)  # text(x) is a cast as well
+                if third != "e":
+                    self._casts.setdefault("", set()).add(second)
+            elif kind == "s":
+                if third.startswith(_STATISTICS):
+                    self._statistics |= {(int(first), int(second)), (int(first), 0)}
             else:
                 self._parents.setdefault(int(first), set()).add(int(second))
+                self._children.setdefault(int(second), set()).add(int(first))
         self._doubtful |= unreadable
         for oid, number, name in sorted(columns):
             if oid not in self._numbers:
@@ -302,6 +339,29 @@ class Catalog:
         functions = self._functions_reading(plan)
         return self.functions.code_reads(code, functions | self._reading[id(plan)][2])
 
+    def casts_by_own(self, plan: MaskPlan, type_name: str) -> bool:
+        """Whether a cast to a type of this name (empty: one that nobody wrote) may run a function of the users' own that may read a
+        masked column."""
+        if not self.known or self._all_doubtful:
+            return bool(type_name)
+        found = self._casts.get(type_name.lstrip("_"), set())
+        return bool(found) and not found.isdisjoint(self._functions_reading(plan))
+
+    def code_names(self, plan: MaskPlan, code: str) -> bool:
+        """Whether code that moves values names a relation that shows a masked column, or a function that may read one."""
+        if not self.known:
+            return True
+        if not self.functions.names(code, _MOVE):
+            return False
+        reading = self._functions_reading(plan)
+        functions = {name for name in reading if name in self.own or name not in builtin_functions()}
+        views = {
+            name
+            for name, oids in self._by_name.items()
+            if self._views_doubtful and any(oid in self._view_sources for oid in oids)
+        }
+        return self.functions.names(code, functions | views | self._reading[id(plan)][2])
+
     def may_fire(self, plan: MaskPlan, schema: str, name: str) -> bool:
         """Whether what a statement does to a relation may run a trigger that reads a masked column."""
         if not self.known or not self._triggered.isdisjoint((name, "")):
@@ -366,7 +426,9 @@ class Catalog:
                 return None  # a table that this session made, by the statement's tree
             return plan.column(None, None, column.name) or plan.derived()
         found = self._mask_of(plan, key)
-        if not trusted and column.table_oid in self._view_sources:
+        if not trusted and (
+            column.table_oid in self._view_sources or self._columns[key][1] in self._doubtful
+        ):
             return found or plan.derived()
         return found
 
@@ -378,7 +440,12 @@ class Catalog:
             self._masks[key] = self._resolve(plan, key, frozenset())
         return self._masks[key]
 
-    def _resolve(self, plan: MaskPlan, key: tuple[int, int], seen: frozenset[int]) -> ValueMask | None:
+    def _resolve(
+        self, plan: MaskPlan, key: tuple[int, int], seen: frozenset[int], *, down: bool = True
+    ) -> ValueMask | None:
+        """`down`: a table also shows the rows of those that inherit from it, which have masks of their own."""
+        if key in self._statistics:
+            return plan.derived()
         names = self._columns.get(key)
         oid = key[0]
         if names is None or oid in seen:
@@ -392,14 +459,17 @@ class Catalog:
         for parent in self._parents.get(oid, ()):
             number = self._numbers.get(parent, {}).get(names[2])
             if number is not None:
-                found = self._resolve(plan, (parent, number), seen)
+                found = self._resolve(plan, (parent, number), seen, down=False)
                 if found is not None:
                     return found
+        for child in sorted(self._children.get(oid, ())) if down else ():
+            number = self._numbers.get(child, {}).get(names[2])
+            found = self._resolve(plan, (child, number), seen) if number is not None else None
+            if found is not None:
+                return found
         origins = self._origins.get(key)
         if origins and (oid, 0) not in self._origins and all(origin[0] for origin in origins):
-            masks = [
-                self._resolve(plan, origin, seen) for origin in sorted(origins) if origin[0] >= FIRST_USER_OID
-            ]
+            masks = [self._resolve(plan, origin, seen) for origin in sorted(origins)]
             return next((mask for mask in masks if mask is not None), None)
         return self._of_view(plan, oid, seen)
 
@@ -410,6 +480,8 @@ class Catalog:
             return plan.derived()
         for source, attnum in self._view_sources.get(oid, ()):
             if source < FIRST_USER_OID:
+                if (source, attnum) in self._statistics:
+                    return plan.derived()
                 continue
             used = [attnum] if attnum > 0 else list(self._numbers.get(source, {}).values())
             if any(self._resolve(plan, (source, number), seen) is not None for number in used):

@@ -64,6 +64,12 @@ class Functions:
         sought = {name.lower() for name in names}
         return "u&" in lowered or not words.isdisjoint(_READ_ANYTHING) or _names(words, lowered, sought)
 
+    @staticmethod
+    def names(code: str, names: Iterable[str]) -> bool:
+        """Whether code names one of these."""
+        lowered = code.lower()
+        return _names(frozenset(_WORD.findall(lowered)), lowered, {name.lower() for name in names})
+
 
 def _names(words: frozenset[str], body: str, sought: set[str]) -> bool:
     """Whether a body names one of `sought`: as a word, or, where that is no word, anywhere in it."""

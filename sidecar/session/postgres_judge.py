@@ -319,7 +319,7 @@ class Judge:
             denial = ("42501", denial_message(plan.rules[0], why), plan.rules[0])
             part.action, part.rule, part.reason = "deny", plan.rules[0], why
         if facts is not None and facts.may_move and denial is None and plan is not None:
-            why = refusal(self.engine, self.catalog, plan, text, copies=facts.is_copy)
+            why = refusal(self.engine, self.catalog, plan, text, facts)
             if why is not None:
                 denial = ("42501", denial_message(plan.rules[0], why), plan.rules[0])
                 part.action, part.rule, part.reason = "deny", plan.rules[0], why

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.model.verdict import Engine, MaskPlan
+from sidecar.model.verdict import Engine, MaskPlan, SqlFacts
 from sidecar.policy import sql
 from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.reach import ANYTHING, CLEAN, MASKED, described, together
@@ -45,6 +45,9 @@ class CatalogRelations:
     def may_read(self, function: str) -> bool:
         return self.catalog.may_read(self.plan, function)
 
+    def casts_by_own(self, type_name: tuple[str, ...]) -> bool:
+        return self.catalog.casts_by_own(self.plan, type_name[-1] if type_name else "")
+
     def may_call(self, field: str) -> bool:
         return self.catalog.has_function(field) and self.catalog.may_read(self.plan, field)
 
@@ -63,14 +66,15 @@ def masked_columns(
     return [engine.masks_reach(reach) for reach in reaches]
 
 
-def refusal(engine: Engine, catalog: Catalog, plan: MaskPlan, text: str, *, copies: bool) -> str | None:
-    """Why the statement is refused for what it would do with masked columns."""
+def refusal(engine: Engine, catalog: Catalog, plan: MaskPlan, text: str, facts: SqlFacts) -> str | None:
+    """Why the statement is refused for what it, or code in it, would do with masked columns."""
+    named = plan.has_columns and any(catalog.code_names(plan, body) for body in facts.bodies)
     flows = sql.flows(text, CatalogRelations(catalog, plan))
     return engine.refuses_reach(
-        moved=together(flow.moved for flow in flows),
+        moved=together(flow.moved for flow in flows) | (MASKED if named else CLEAN),
         probed=together(flow.probed for flow in flows),
         derived=together(flow.derived for flow in flows),
-        copies=copies,
+        copies=facts.is_copy,
     )
 
 

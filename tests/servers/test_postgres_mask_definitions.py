@@ -169,3 +169,152 @@ def test_predicates_deny(server: PostgresServer) -> None:
             "SELECT ssn AS id, name AS ssn FROM customers ORDER BY 2, ssn",
         ):
             assert values(client, text)
+
+
+LEAKS = {
+    "a parent": (
+        "CREATE TABLE parent_free (id int, name text, ssn text, card varchar(20), born date, note text); "
+        "ALTER TABLE customers INHERIT parent_free",
+        ["SELECT ssn FROM parent_free", "SELECT upper(ssn) FROM parent_free"],
+    ),
+    "a partition": (
+        "CREATE TABLE parted (id int, boss int, salary numeric) PARTITION BY RANGE (id); "
+        "ALTER TABLE parted ATTACH PARTITION staff DEFAULT",
+        ["SELECT salary FROM parted", "SELECT salary::text FROM parted"],
+    ),
+    "a cast": (
+        "CREATE TYPE word AS ENUM ('a'); CREATE FUNCTION worded(word) RETURNS text LANGUAGE sql AS 'SELECT other.initcap(1)'; "
+        "CREATE CAST (word AS text) WITH FUNCTION worded(word)",
+        ["SELECT 'a'::word::text", "SELECT CAST('a'::word AS text)", "SELECT ('{a}'::word[]::text[])[1]"],
+    ),
+    "a cast that nobody wrote": (
+        "CREATE TYPE word AS ENUM ('a'); CREATE FUNCTION worded(word) RETURNS text LANGUAGE sql AS 'SELECT other.initcap(1)'; "
+        "CREATE CAST (word AS text) WITH FUNCTION worded(word) AS IMPLICIT",
+        ["SELECT upper('a'::word)", "SELECT reverse('a'::word)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+@pytest.mark.parametrize("made", ["before", "in", "in a transaction"])
+def test_what_shows_a_masked_column_in_another_way(server: PostgresServer, made: str, name: str) -> None:
+    definitions, queries = LEAKS[name]
+    server.sql(SCHEMA)
+    if made == "before":
+        server.sql("DROP TYPE IF EXISTS word CASCADE; " + definitions)
+    engine = load_policy(POLICY, "policy.yaml")
+    with (
+        SessionRelay(PostgresSession, engine, Address("127.0.0.1", server.port)) as relay,
+        wire.Wire(relay.address, user="postgres") as client,
+    ):
+        if made != "before":
+            for text in [*(["BEGIN"] if "transaction" in made else []), *definitions.split("; ")]:
+                values(client, text)
+        for text in queries:
+            assert {row[0] for row in values(client, text)} <= {b"[redacted]", None}, text
+
+
+def test_a_child_that_is_masked_masks_no_sister(server: PostgresServer) -> None:
+    server.sql(SCHEMA)
+    server.sql(
+        "CREATE TABLE parent_free (ssn text); ALTER TABLE customers INHERIT parent_free; "
+        "CREATE TABLE sister () INHERITS (parent_free); INSERT INTO sister VALUES ('open')"
+    )
+    with (
+        SessionRelay(
+            PostgresSession, load_policy(POLICY, "policy.yaml"), Address("127.0.0.1", server.port)
+        ) as relay,
+        wire.Wire(relay.address, user="postgres") as client,
+    ):
+        assert values(client, "SELECT ssn FROM sister") == [[b"open"]]
+        assert values(client, "SELECT ssn FROM ONLY parent_free") == []
+        assert {row[0] for row in values(client, "SELECT ssn FROM parent_free")} == {b"[redacted]"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ALTER SCHEMA public RENAME TO pub2",
+        "DO $$ BEGIN ALTER SCHEMA public RENAME TO pub2; END $$",
+        "DO $$ BEGIN INSERT INTO sink(a) SELECT secret FROM people; END $$",
+        "DO $$ BEGIN CREATE TABLE z AS SELECT x AS g FROM kept; END $$",
+        "DO $$ BEGIN INSERT INTO sink(a) VALUES (peek()); END $$",
+        "CREATE FUNCTION f3() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.a := (SELECT x FROM kept LIMIT 1); RETURN NEW; END'",
+        "CREATE FUNCTION f4() RETURNS trigger LANGUAGE plpgsql AS "
+        "'DECLARE r sink; BEGIN SELECT x, x INTO r FROM kept; RETURN r; END'",
+        "CREATE PROCEDURE f5() LANGUAGE sql BEGIN ATOMIC INSERT INTO sink SELECT x FROM kept; END",
+        "CREATE RULE r AS ON UPDATE TO numbers DO ALSO INSERT INTO sink SELECT x FROM kept",
+        "CREATE TABLE dt (a text DEFAULT spied(1), b int)",
+        "CREATE TABLE dt (b int, a text GENERATED ALWAYS AS (spied(b)) STORED)",
+        "ALTER TABLE numbers ADD COLUMN a text DEFAULT spied(1)",
+        "ALTER TABLE numbers ALTER COLUMN n SET DEFAULT length(peek())",
+        "CREATE DOMAIN dm AS text DEFAULT spied(1)",
+        "SELECT setval('counter', salary::bigint) FROM staff",
+        "SELECT pg_advisory_lock(salary::bigint) FROM staff",
+        "SELECT (salary::bigint).pg_try_advisory_lock FROM staff",
+        "SELECT lo_create(salary::int::oid) FROM staff",
+        "SELECT pg_create_physical_replication_slot(replace(ssn, '-', '_')) FROM customers",
+        "SELECT pg_replication_origin_create(ssn) FROM customers",
+        "SELECT name FROM harmless WHERE EXISTS (SELECT pg_notify('a', ssn) FROM customers)",
+        "COPY (SELECT count(pg_notify('a', ssn)) FROM customers) TO STDOUT",
+        "CREATE TABLE c AS WITH q AS (INSERT INTO sink SELECT ssn FROM customers RETURNING 1) SELECT 1 AS a FROM q",
+        "SELECT setseed(salary::float / 1000000) FROM staff",
+    ],
+)
+def test_what_would_put_a_masked_column_elsewhere(client: wire.Wire, text: str) -> None:
+    assert "mask" in refused(client, text)
+
+
+def test_work_beside_it_goes_on(client: wire.Wire) -> None:
+    for text in (
+        "CREATE SEQUENCE counter",
+        "SELECT setval('counter', max(id)) FROM customers",
+        "SELECT pg_advisory_lock(7), pg_advisory_unlock(7)",
+        "CREATE TABLE dt (a int DEFAULT nextval('counter'), b timestamptz DEFAULT now(), c text CHECK (c <> spied(1)))",
+        "ALTER TABLE dt ADD COLUMN d text DEFAULT upper('x'), ADD COLUMN e int GENERATED ALWAYS AS (a + 1) STORED",
+        "INSERT INTO dt (c) VALUES ('x')",
+        "DO $$ BEGIN INSERT INTO sink(a) SELECT name FROM harmless; END $$",
+        "ALTER SCHEMA other RENAME TO other2",
+        "ALTER SCHEMA other2 RENAME TO other",
+        "CREATE TYPE plain AS ENUM ('a')",
+        "SELECT 'a'::plain::text",
+    ):
+        values(client, text)
+    assert values(client, "SELECT upper(c), d, e FROM dt") == [[b"X", b"X", b"5"]]
+
+
+def test_a_view_over_statistics_shows_none(server: PostgresServer) -> None:
+    server.sql(SCHEMA)
+    server.sql(
+        "CREATE VIEW stats1 AS SELECT tablename AS t, most_common_vals::text AS x, histogram_bounds::text AS h FROM pg_stats; "
+        "CREATE VIEW stats2 AS SELECT stavalues1::text AS x FROM pg_statistic; ANALYZE"
+    )
+    with (
+        SessionRelay(
+            PostgresSession, load_policy(POLICY, "policy.yaml"), Address("127.0.0.1", server.port)
+        ) as relay,
+        wire.Wire(relay.address, user="postgres") as client,
+    ):
+        found = values(client, "SELECT t, x, h FROM stats1 WHERE t = 'customers'")
+        assert {row[0] for row in found} == {b"customers"}
+        assert {cell for row in found for cell in row[1:]} <= {b"[redacted]", None}
+        assert {row[0] for row in values(client, "SELECT x FROM stats2")} <= {b"[redacted]", None}
+        assert {row[0] for row in values(client, "SELECT upper(x) FROM stats1")} <= {b"[redacted]", None}
+
+
+def test_what_decides_about_rows_is_a_condition(server: PostgresServer) -> None:
+    with steered(server, predicates="deny") as client:
+        for text in (
+            "SELECT count(*) FROM staff, generate_series(1, salary::int - 918000)",
+            "SELECT count(*) FROM (SELECT generate_series(1, salary::int - 918000) FROM staff) q",
+            "SELECT name FROM customers c WHERE EXISTS (SELECT c.ssn INTERSECT SELECT 'x')",
+            "SELECT name FROM customers c WHERE EXISTS (SELECT c.ssn EXCEPT SELECT 'x')",
+            "SELECT (SELECT count(*) FROM (SELECT c.ssn UNION SELECT 'x') u) FROM customers c",
+            "SELECT count(*) FROM (SELECT DISTINCT ssn FROM customers) q",
+            "SELECT count(DISTINCT ssn) FROM customers",
+            "SELECT name FROM customers c WHERE EXISTS (SELECT 1 FROM customers d WHERE d.ssn = 'x')",
+            "SELECT name FROM customers c ORDER BY EXISTS (SELECT 1 FROM numbers WHERE c.ssn = 'x')",
+        ):
+            assert "conditions" in refused(client, text), text
+        assert values(client, "SELECT count(*) FROM customers, generate_series(1, id)") == [[b"6"]]
+        assert len(values(client, "SELECT name FROM customers UNION SELECT 'x'")) == 4
