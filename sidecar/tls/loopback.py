@@ -62,7 +62,7 @@ class Loopback:
                 if not data:
                     return
                 request += data
+            self.answered += 1  # before: whoever has the answer may look at once
             secured.sendall(self._answer)
-            self.answered += 1
             with contextlib.suppress(ssl.SSLError):  # the client may be gone already
                 secured.unwrap()
