@@ -21,12 +21,10 @@ from sidecar.errors import IdentityError, SidecarError
 if TYPE_CHECKING:
     from sidecar.config import Config
 
-NOT_CHECKED: Final = (
-    "trust in the local certificate authority by client runtimes: TLS is not opened in this version",
+NOT_CHECKED_WITHOUT_ROOT: Final = (
+    "bpf hooks and nftables: only root may try them",
+    "the local authority, and who trusts it: its key is root's",
 )
-
-
-NOT_CHECKED_WITHOUT_ROOT: Final = ("bpf hooks and nftables: only root may try them",)
 
 KEYS_TIMEOUT_S: Final = 6.0
 
@@ -62,7 +60,7 @@ def doctor(config_file: Path | None, as_json: bool) -> None:
     logging.getLogger("sidecar.identity").setLevel(logging.ERROR)  # what it would warn of is a row here
     checks: list[Check] = [*probe(), *own_checks(config_file)]
     well = all(check.ok for check in checks)
-    not_checked = [*NOT_CHECKED, *(NOT_CHECKED_WITHOUT_ROOT if os.geteuid() != 0 else ())]
+    not_checked = NOT_CHECKED_WITHOUT_ROOT if os.geteuid() != 0 else ()
     if as_json:
         output.emit_json(
             {
@@ -108,6 +106,7 @@ def own_checks(config_file: Path | None) -> list[OwnCheck]:
         *(issuer_keys(issuer.issuer, issuer.jwks) for issuer in config.identity.issuers),
         audit_directory(Path(config.audit.directory)),
         short_way(),
+        *(client_trust(config) if os.geteuid() == 0 else ()),
     ]
 
 
@@ -171,6 +170,42 @@ def short_way() -> OwnCheck:
         else "not compiled: PostgreSQL statements cost about twice as much; see docs/operations.md"
     )
     return OwnCheck("PostgreSQL fast lane", True, found)
+
+
+def client_trust(config: Config) -> list[OwnCheck]:
+    """Whether the client runtimes of this host accept what the local authority signs. Missing only where TLS is opened."""
+    from sidecar.tls.authority import CERTIFICATE_FILE, Authority
+    from sidecar.tls.verdicts import verdicts
+
+    settings = config.authority
+    opens = config.opens_tls()
+    if not (settings.directory / CERTIFICATE_FILE).exists():
+        return [
+            OwnCheck(
+                "local authority", True, f"not made yet, in {settings.directory}: sidecar ca install makes it"
+            )
+        ]
+    try:
+        authority = Authority.open(
+            settings.directory, leaf_lifetime_s=settings.leaf_lifetime_s, permitted=settings.permitted
+        )
+        found = verdicts(authority)
+    except SidecarError as error:
+        return [OwnCheck("local authority", False, str(error), error.hint)]
+    return [
+        OwnCheck(
+            "local authority", True, f"{settings.directory}: {authority.certificate.subject.rfc4514_string()}"
+        ),
+        *(
+            OwnCheck(
+                "client trust",
+                verdict.told is not False or not opens,
+                f"{verdict.runtime}: {verdict.detail}",
+                "sidecar ca install; docs/tls.md",
+            )
+            for verdict in found
+        ),
+    ]
 
 
 def audit_directory(directory: Path) -> OwnCheck:

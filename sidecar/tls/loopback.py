@@ -19,13 +19,15 @@ _MAX_REQUEST_BYTES: Final = 65_536
 
 
 class Loopback:
-    """Serves while it is entered; `port` is on 127.0.0.1. `answered` counts requests that were answered after a handshake."""
+    """Serves while it is entered; `port` is on 127.0.0.1. `reached` counts connections, `answered`
+    those that got an answer, after a handshake."""
 
     def __init__(self, leaf: Leaf, answer: bytes = ANSWER) -> None:
         self._context = server_context(leaf)
         self._answer = answer
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
+        self.reached = 0
         self.answered = 0
         self._thread = threading.Thread(target=self._serve, name="loopback-tls", daemon=True)
 
@@ -47,6 +49,7 @@ class Loopback:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
+            self.reached += 1
             with connection:
                 connection.settimeout(_PATIENCE_S)
                 with contextlib.suppress(
