@@ -143,6 +143,20 @@ def _policy(config: Config) -> OwnCheck:
     return OwnCheck("policy", True, str(path))
 
 
+def _names_hosts(config: Config) -> bool:
+    """Whether a rule of the policy names a host: TLS to it is opened. A policy that does not load has a row of its own."""
+    from sidecar.proxy.policy_file import PolicySource
+
+    if config.policy is None:
+        return False
+    try:
+        source = PolicySource(config.policy, hash_key=config.hash_key(), upstream=config.upstream is not None)
+        source.load()
+    except SidecarError:
+        return False
+    return bool(source.policy.named_hosts)
+
+
 def issuer_keys(issuer: str, jwks: str | None) -> OwnCheck:
     """Whether the keys that tokens are verified with can be read, the way the agent reads them."""
     from sidecar.identity.keys import KeySet
@@ -178,7 +192,7 @@ def client_trust(config: Config) -> list[OwnCheck]:
     from sidecar.tls.verdicts import verdicts
 
     settings = config.authority
-    opens = config.opens_tls()
+    opens = config.opens_tls() or _names_hosts(config)
     if not (settings.directory / CERTIFICATE_FILE).exists():
         return [
             OwnCheck(

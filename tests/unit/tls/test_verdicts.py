@@ -69,12 +69,16 @@ def test_what_cannot_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="the authority's key is root's")
-@pytest.mark.parametrize("opens", [True, False])
-def test_doctor(tmp_path: Path, opens: bool) -> None:
+@pytest.mark.parametrize("opens", ["a target", "a rule", ""])
+def test_doctor(tmp_path: Path, opens: str) -> None:
     config = tmp_path / "sidecar.yaml"
-    mode = "verify-full" if opens else "passthrough"
+    mode = "verify-full" if opens == "a target" else "passthrough"
+    rule = (
+        "- {name: r, when: {protocol: http, host: b.test}, deny: not by a job}" if opens == "a rule" else "[]"
+    )
+    (tmp_path / "policy.yaml").write_text(f"version: 1\nrules:\n  {rule}\n")
     config.write_text(
-        "tls: {authority: {directory: ca}}\naudit: {directory: audit}\n"
+        "policy: policy.yaml\ntls: {authority: {directory: ca}}\naudit: {directory: audit}\n"
         f"targets: [{{name: a, host: a.test, port: 443, protocol: http, tls: {{mode: {mode}}}}}]\n"
     )
 
