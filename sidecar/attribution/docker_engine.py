@@ -9,6 +9,7 @@ Source: Docker Engine API v1.41, containers, images, events.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -223,7 +224,10 @@ class ContainerEngine:
                     self._first_word(_text(actor.get("ID")), _mapping(actor.get("Attributes")))
                 self._seen(client, _text(actor.get("ID")))
         finally:
-            self._watched = None
+            watched, self._watched = self._watched, None
+            if watched is not None:
+                with contextlib.suppress(*_Broken):
+                    watched.close()
             client.close()
 
     def _list_networks(self, client: docker.APIClient) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +34,15 @@ SHORT_LIVED = 50
 def host() -> Iterator[DockerHost]:
     with DockerHost() as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Docker's library leaves closing the sockets of cut-off answers to the collector of garbage: now, and not in somebody else's test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
@@ -98,7 +109,7 @@ def test_short_lived_containers(host: DockerHost, engine: ContainerEngine) -> No
 
     def live(number: int) -> tuple[str, int, str]:
         identifier = host.docker(
-            "run", "-d", "--name", f"job-{number}", "--label", f"n={number}", IMAGE, "sleep", "0.5"
+            "run", "-d", "--name", f"job-{number}", "--label", f"n={number}", IMAGE, "sleep", "2"
         )
         try:
             return identifier, host.cgroup_of(identifier).stat().st_ino, f"job-{number}"
