@@ -151,6 +151,8 @@ class CatalogChanges:
     triggers: tuple[str, ...] = ()
     """Tables with new triggers; empty: an event trigger, or code that may have made one."""
     anything: bool = False
+    temporary: bool = False
+    """All of it is the session's own, which no other sees."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,16 @@ def changes_of(statement: Any) -> CatalogChanges:
         return changes_of(unwrap(statement.query))
     if name in ("SelectStmt", "CreateTableAsStmt"):
         into = statement.into_clause if name == "SelectStmt" else statement.into
-        return CatalogChanges(made=(into.rel.relname,)) if into.rel.relname else NOTHING
+        if not into.rel.relname:
+            return NOTHING
+        return CatalogChanges(made=(into.rel.relname,), temporary=_temporary(into.rel))
     if name == "CreateStmt":
         made = (statement.relation.relname,)
         borrowed = len(statement.inh_relations) or statement.HasField("partbound")
-        return CatalogChanges(redefined=made) if borrowed else CatalogChanges(made=made)
+        own = _temporary(statement.relation)
+        if borrowed:
+            return CatalogChanges(redefined=made, temporary=own)
+        return CatalogChanges(made=made, temporary=own)
     if name == "AlterTableStmt":
         changed = (statement.relation.relname,)
         kinds = {int(unwrap(command).subtype) for command in statement.cmds}
@@ -45,7 +50,7 @@ def changes_of(statement: Any) -> CatalogChanges:
             return CatalogChanges(altered=changed)
         return CatalogChanges(redefined=(*changed, *_parents(statement)))
     if name == "ViewStmt":
-        return CatalogChanges(redefined=(statement.view.relname,))
+        return CatalogChanges(redefined=(statement.view.relname,), temporary=_temporary(statement.view))
     if name in ("RuleStmt", "AlterObjectSchemaStmt", "RenameStmt"):
         return _renamed(statement, name)
     if name == "CreateFunctionStmt":
@@ -69,6 +74,10 @@ def changes_of(statement: Any) -> CatalogChanges:
     return CatalogChanges(
         anything=defines or name.startswith(("Create", "Alter")), triggers=("",) if unseen else ()
     )
+
+
+def _temporary(relation: Any) -> bool:
+    return bool(relation.relpersistence == "t" or relation.schemaname == "pg_temp")
 
 
 def _function(statement: Any) -> FunctionMade:

@@ -113,5 +113,6 @@ def together(parts: list[Analysis]) -> Analysis:
         functions=tuple(made for change in changes for made in change.functions),
         triggers=tuple(name for change in changes for name in change.triggers),
         anything=any(change.anything for change in changes),
+        temporary=all(change.temporary or change == CatalogChanges() for change in changes),
     )
     return found

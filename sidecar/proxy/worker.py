@@ -40,6 +40,7 @@ from sidecar.proxy.leaves import Leaves
 from sidecar.session.commands import OpenHold, SessionLimits
 from sidecar.session.context import SessionContext
 from sidecar.session.factory import make_session
+from sidecar.session.postgres_definitions import Databases
 
 log = logging.getLogger("sidecar.worker")
 
@@ -93,6 +94,7 @@ class Worker:
         self.holding: dict[str, FlowDriver] = {}
         self.ids = IdSource()
         self.session_limits = SessionLimits()
+        self.databases = Databases()
         self.stopped: asyncio.Future[int] = self.loop.create_future()
         self._next_id = 0
         self._failing = False
@@ -292,7 +294,7 @@ class Worker:
         self._open(hop, message.facts)
 
     def _open(self, hop: Accepted, facts: FlowFacts) -> None:
-        context = SessionContext(facts=facts, engine=self.engine, ids=self.ids, limits=self.session_limits)
+        context = SessionContext(facts, self.engine, self.ids, self.session_limits, self.databases)
         session = make_session(context)
         driver = FlowDriver(self, hop, session, facts.flow, facts.target.address, facts.target.protocol)
         self.flows[facts.flow] = driver

@@ -37,6 +37,8 @@ class Owner(Protocol):
 class Lane:
     owner: Owner | None
     armed: bool
+    until_ns: int
+    """From this time on it takes nothing from the client."""
     cycles: deque[Cycle]
     status: bytes
     sent: int

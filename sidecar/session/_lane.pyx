@@ -117,6 +117,7 @@ cdef class Lane:
 
     cdef public object owner
     cdef public bint armed
+    cdef public int64_t until_ns
     cdef public object cycles
     cdef public bytes status
     cdef public Py_ssize_t sent
@@ -187,7 +188,7 @@ cdef class Lane:
         cdef Pieces pieces
         cdef bytes name
         cdef Cycle cycle
-        if self.owner is None or size < 6 or size > CHUNK_MAX:
+        if self.owner is None or size < 6 or size > CHUNK_MAX or <int64_t>now_ns >= self.until_ns:
             return None
         if at[0] == 0x51:  # Query
             if 1 + <Py_ssize_t>_uint32(at + 1) != size or at[size - 1] != 0:

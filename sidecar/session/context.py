@@ -13,6 +13,7 @@ from sidecar.model.reasons import CloseReason, GapReason
 from sidecar.model.record import OperationPart, Record, TargetPart, VerdictPart
 from sidecar.model.verdict import Action, Engine, Verdict
 from sidecar.session.commands import SessionLimits
+from sidecar.session.postgres_definitions import Databases
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -25,6 +26,8 @@ class SessionContext:
     engine: Engine
     ids: IdSource
     limits: SessionLimits = field(default_factory=SessionLimits)
+    databases: Databases = field(default_factory=Databases)
+    """Shared by all sessions of a worker."""
     origin_summary: msgspec.Raw = field(init=False)
     """Pre-encoded for `request` records: pid, tgid, uid, exe."""
     principal_summary: msgspec.Raw | None = field(init=False)

@@ -26,7 +26,57 @@ PLANS_MAX: Final = 8
 _NONE: Final[frozenset[str]] = frozenset()
 _SYSTEM_SCHEMAS: Final = frozenset({"pg_catalog", "information_schema"})
 
-SNAPSHOT_QUERY = b"""
+
+def _summary(table: str, condition: str) -> str:
+    """A new row version has a higher xmin than all before it, so that as many rows with the same sum are the same rows."""
+    return (
+        "(SELECT pg_catalog.concat(pg_catalog.count(*), '/', pg_catalog.sum(s.xmin::pg_catalog.text::pg_catalog.int8))"
+        f" FROM pg_catalog.{table} s WHERE {condition})"
+    )
+
+
+def _of_users(column: str) -> str:
+    return f"s.{column} OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid"
+
+
+def _of_relations(column: str) -> str:
+    return (
+        _of_users(column)
+        + f" AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) s.{column}"
+        " AND c.relpersistence OPERATOR(pg_catalog.=) 't'::pg_catalog.\"char\")"
+    )
+
+
+FINGERPRINT_QUERY = (
+    "SELECT 'x', pg_catalog.concat_ws(' ', "
+    + ", ".join(
+        [
+            _summary(
+                "pg_class",
+                _of_users("oid") + " AND s.relpersistence OPERATOR(pg_catalog.<>) 't'::pg_catalog.\"char\"",
+            ),
+            _summary("pg_attribute", _of_relations("attrelid")),
+            _summary("pg_namespace", "NOT pg_catalog.starts_with(s.nspname::pg_catalog.text, 'pg_')"),
+            _summary(
+                "pg_type", _of_users("oid") + " AND s.typtype OPERATOR(pg_catalog.=) 'd'::pg_catalog.\"char\""
+            ),
+            _summary("pg_rewrite", _of_relations("ev_class")),
+            _summary("pg_trigger", _of_relations("tgrelid")),
+            *(
+                _summary(table, _of_users("oid"))
+                for table in ("pg_proc", "pg_operator", "pg_cast", "pg_event_trigger")
+            ),
+            _summary("pg_inherits", "true"),
+        ]
+    )
+    + "), '', '', '', ''"
+).encode()
+"""What changes with every definition that the snapshot shows, but for temporary ones, which only their own session sees."""
+
+SNAPSHOT_QUERY = (
+    FINGERPRINT_QUERY
+    + b"""
+UNION ALL
 SELECT 'c', c.oid::pg_catalog.text, n.nspname::pg_catalog.text, c.relname::pg_catalog.text,
        a.attnum::pg_catalog.text, a.attname::pg_catalog.text
   FROM pg_catalog.pg_attribute a
@@ -121,6 +171,7 @@ SELECT 'v', r.ev_class::pg_catalog.text, s.oid::pg_catalog.text, '0', '', ''
 UNION ALL
 SELECT 'i', i.inhrelid::pg_catalog.text, i.inhparent::pg_catalog.text, '', '', '' FROM pg_catalog.pg_inherits i
 """
+)
 
 
 UNREADABLE: Final = "\ufffd"
@@ -137,6 +188,7 @@ class Catalog:
 
     def __init__(self) -> None:
         self.known = False
+        self.fingerprint = ""
         self.version = 0
         """Counts snapshots."""
         self._columns: dict[tuple[int, int], tuple[str, str, str]] = {}
@@ -208,6 +260,8 @@ class Catalog:
                 self.own.add(first)  # text(x) is a cast as well
                 if third != "e":
                     self._casts.setdefault("", set()).add(second)
+            elif kind == "x":
+                self.fingerprint = first
             elif kind == "s":
                 if third.startswith(_STATISTICS):
                     self._statistics |= {(int(first), int(second)), (int(first), 0)}
@@ -221,11 +275,15 @@ class Catalog:
                 self._by_name.setdefault(self._columns[oid, number][1], []).append(oid)
             self._numbers[oid][name] = number
 
-    def note(self, changes: CatalogChanges) -> bool:
-        """Definitions that a statement changes, before they can be read anew. False: it changes none."""
+    def note(self, changes: CatalogChanges, *, elsewhere: bool = False) -> bool:
+        """Definitions that a statement changes, before they can be read anew. False: it changes none. `elsewhere`: of another session,
+        whose tables may hold anything."""
         if changes == CatalogChanges():
             return False
-        self._made |= set(changes.made)
+        if elsewhere:
+            self._doubtful |= set(changes.made)
+        else:
+            self._made |= set(changes.made)
         self._doubtful |= set(changes.redefined)
         self._altered |= set(changes.altered)
         self.own |= {made.name for made in changes.functions}
@@ -426,9 +484,8 @@ class Catalog:
                 return None  # a table that this session made, by the statement's tree
             return plan.column(None, None, column.name) or plan.derived()
         found = self._mask_of(plan, key)
-        if not trusted and (
-            column.table_oid in self._view_sources or self._columns[key][1] in self._doubtful
-        ):
+        doubtful = not trusted or self._views_doubtful or self._all_doubtful
+        if (doubtful and column.table_oid in self._view_sources) or self._columns[key][1] in self._doubtful:
             return found or plan.derived()
         return found
 

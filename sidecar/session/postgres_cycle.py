@@ -56,6 +56,7 @@ class Cycles(Results):
             self._answers.clear()
             self._known_under = under
         lane.arm(self._status)
+        lane.until_ns = self.judge.lane_until_ns(self._status)
 
     # -- what the lane asks
 

@@ -10,7 +10,7 @@ from sidecar.errors import ProtocolError
 from sidecar.model.reasons import GapReason
 from sidecar.session.commands import SignAssertion
 from sidecar.session.context import SessionContext
-from sidecar.session.postgres_catalog import SNAPSHOT_QUERY
+from sidecar.session.postgres_catalog import FINGERPRINT_QUERY, SNAPSHOT_QUERY
 from sidecar.session.postgres_names import Names
 from sidecar.session.postgres_startup import SERVER
 
@@ -39,12 +39,19 @@ class Injections(Names):
 
     def _has_to_inject(self, kind: bytes, data: bytes, offset: int, after: int) -> bool:
         """Queues our own statements where they are needed before this message, and possible."""
-        if kind not in b"QP" or not (self._stale or self._reassert) or not self._idle():
+        if self.judge.outdated():
+            self._stale = True
+        checks = not self._stale and self.judge.is_to_check(self._now)
+        if kind not in b"QPB" or not (self._stale or self._reassert or checks) or not self._idle():
             return False
         if self._reassert:
             self._reassert = False
             self._injections.append(("setting", self._setting()))
-        if self._stale and self.judge.wants_catalog:
+        if checks:
+            self._injections.append(("check", FINGERPRINT_QUERY))
+        elif self._stale and kind == b"B" and self.judge.wants_catalog:
+            self._injections.append(("catalog", SNAPSHOT_QUERY))
+        elif self._stale and self.judge.wants_catalog:
             if kind == b"Q":
                 raw = data[offset + 5 : after - 1]
             else:
@@ -65,6 +72,7 @@ class Injections(Names):
         if self._injections:
             self._injecting, text = self._injections.popleft()
             self._injected_rows, self._injected_failed = [], ""
+            self.judge.asking(self._now)
             self._send(SERVER, messages.run_named(INJECTED, text))
             return b""
         self._injecting = None
@@ -97,6 +105,12 @@ class Injections(Names):
                     GapReason.UNKNOWN_PROTOCOL,
                     f"the injected statement ({self._injecting}) failed: {self._injected_failed}",
                 )
+            if self._injecting == "check":
+                rows = self._injected_rows
+                found = (rows[0][1] or b"").decode("ascii", "replace") if len(rows) == 1 else ""
+                if self._injected_failed or not self.judge.fingerprint_is(found):
+                    self._stale = True
+                    self._injections.append(("catalog", SNAPSHOT_QUERY))
             if self._injecting == "catalog":
                 self._stale = False
                 if not self._injected_failed:
@@ -115,6 +129,7 @@ class Injections(Names):
         self._status = b"I"
         self._held_ready = [whole]
         self._stale = self.judge.wants_catalog
+        self.judge.join(self._lane)
         if self._stale:
             self._injections.append(("catalog", SNAPSHOT_QUERY))
         if self.facts.attachment.postgres_setting is not None:

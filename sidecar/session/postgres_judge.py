@@ -18,7 +18,7 @@ import msgspec
 
 from sidecar.model.operation import SqlOperation
 from sidecar.model.record import OperationPart, Record
-from sidecar.model.verdict import Action, Engine, MaskPlan, Verdict
+from sidecar.model.verdict import Action, CatalogChanges, Engine, MaskPlan, Verdict
 from sidecar.policy import masks
 from sidecar.policy.builtin_functions import builtin_functions
 from sidecar.policy.reach import ANYTHING, CLEAN
@@ -26,6 +26,7 @@ from sidecar.policy.sql import constants_differ_only, may_hold_secrets
 from sidecar.policy.sql_names import RETURNS_NAMED
 from sidecar.session.context import SessionContext, denial_message, verdict_part
 from sidecar.session.postgres_catalog import Catalog
+from sidecar.session.postgres_definitions import CHECK_NS, NEVER_NS, Definitions, Gate
 from sidecar.session.postgres_exchange import Decision, Prepared
 from sidecar.session.postgres_lane import COMPILED
 from sidecar.session.postgres_reach import refusal
@@ -93,6 +94,10 @@ class Judge:
         self.generation = 0
         """Counts what made earlier decisions void."""
         self.catalog = Catalog()
+        self._shared: Definitions | None = None
+        self._seen = self._asked = 0
+        """Versions of the shared definitions: taken over, and as of the last question to the server."""
+        self._asked_ns = 0
 
     def changed(self, engine: Engine) -> None:
         self.engine = engine
@@ -101,6 +106,84 @@ class Judge:
     def catalog_loaded(self, rows: list[list[bytes | None]]) -> None:
         self.catalog.load(rows, "utf-8" if self.reading == "SQL_ASCII" else _CODECS.get(self.reading))
         self._forget_verdicts()
+        shared = self._shared
+        if shared is not None:
+            shared.seen(self.catalog.fingerprint, self._asked_ns)
+            for changes in (*shared.open_elsewhere(id(self)), *shared.since(self._asked)):
+                self.catalog.note(changes, elsewhere=True)
+            self._seen = shared.version
+
+    # -- definitions of other sessions
+
+    def join(self, gate: Gate | None) -> None:
+        """The connection is open, and its database known."""
+        self._shared = self.context.databases.of(self.facts.target.address, self.database or "")
+        self._shared.gates[id(self)] = gate
+        self._seen = self._shared.version
+
+    def leave(self) -> None:
+        if self._shared is not None:
+            self._shared.leave(id(self))
+            self._shared = None
+
+    def outdated(self) -> bool:
+        """Takes over what other sessions have changed since; True: the snapshot is older than that."""
+        shared = self._shared
+        if shared is None or shared.version == self._seen:
+            return False
+        for changes in shared.since(self._seen):
+            self.catalog.note(changes, elsewhere=True)
+        self._seen = shared.version
+        self._forget_verdicts()
+        return True
+
+    def asking(self, now_ns: int) -> None:
+        """A question for the catalog or its fingerprint is sent."""
+        self._asked_ns = now_ns
+        if self._shared is not None:
+            self._asked = self._shared.version
+
+    def fingerprint_is(self, found: str) -> bool:
+        """The answer; False: the snapshot is older."""
+        if self._shared is not None:
+            self._shared.seen(found, self._asked_ns)
+        return found == self.catalog.fingerprint
+
+    def is_to_check(self, now_ns: int) -> bool:
+        """Whether definitions may have changed elsewhere, as long as nobody has asked."""
+        shared = self._shared
+        return shared is not None and now_ns >= shared.checked_ns + CHECK_NS and self.wants_catalog
+
+    def lane_until_ns(self, status: bytes) -> int:
+        """When the lane has to ask the session; inside a transaction nobody can ask the server."""
+        shared = self._shared
+        if shared is None:
+            return NEVER_NS
+        if shared.version != self._seen:
+            return 0
+        return shared.checked_ns + CHECK_NS if status == b"I" and self.wants_catalog else NEVER_NS
+
+    def defining(self, decision: Decision) -> bool:
+        """A definition is on its way; False: of none that other sessions see."""
+        facts = decision.verdict.sql
+        shared, changes = self._shared, facts.changes if facts is not None else None
+        if shared is None or facts is None or changes is None or changes == CatalogChanges():
+            return False
+        if changes.temporary or "CALL" in facts.statements:
+            return False
+        known = shared.version == self._seen
+        shared.begin(id(self), CatalogChanges() if "DO" in facts.statements else changes)
+        if known:
+            self._seen = shared.version
+        return True
+
+    def defined(self) -> None:
+        """Its transaction is over."""
+        if self._shared is not None:
+            known = self._shared.version == self._seen
+            self._shared.end(id(self))
+            if known:
+                self._seen = self._shared.version
 
     def definitions_changed(self, decision: Decision) -> None:
         """By a statement that is on its way: what was decided with the old ones is void."""

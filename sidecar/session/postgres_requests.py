@@ -199,6 +199,8 @@ class Requests(Refusals):
         return exchange
 
     def _note(self, decision: Decision) -> None:
+        if decision.ddl and self.judge.defining(decision):
+            self._defining = self._order
         if decision.ddl and self.judge.wants_catalog:
             self._stale = True
             self.judge.definitions_changed(decision)

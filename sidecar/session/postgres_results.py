@@ -43,6 +43,8 @@ class Results(Rows):
         self._backend_pid = 0
         self._notices: list[bytes] = []
         self._streamed: Exchange | None = None
+        self._defining = 0
+        """The last message with a definition that is not known to be over."""
         self._injecting: str | None = None
 
     # -- what the first ReadyForQuery and injected statements need (see postgres_injection.py)
@@ -355,6 +357,9 @@ class Results(Rows):
             order = current.order
             pending.popleft()
             self._finish(current)
+        if status == b"I" and 0 < self._defining <= order:
+            self._defining = 0
+            self.judge.defined()
         if status == b"I" and self._portals:
             self._end_portals(order if pending else None)
 
@@ -388,6 +393,7 @@ class Results(Rows):
             )
 
     def _before_close(self) -> None:
+        self.judge.leave()
         for exchange in self._pending:
             if exchange.record_id:
                 exchange.error = exchange.error or {"message": "the connection ended before the answer"}

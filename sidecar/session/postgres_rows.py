@@ -48,6 +48,8 @@ class Rows(Opening):
 
     def _row_plan(self, decision: Decision, body: bytes, columns: tuple[Column, ...] | None) -> RowPlan:
         found = decision.row_plans.get(body)
+        if self.judge.outdated():
+            self._stale = True
         trusted = not (self._stale and decision.masks_columns)
         if found is not None and trusted and found.catalog == self._catalog.version:
             return found

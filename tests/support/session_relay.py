@@ -35,6 +35,7 @@ from sidecar.session.commands import (
     WriteRecord,
 )
 from sidecar.session.context import SessionContext
+from sidecar.session.postgres_definitions import Databases
 
 
 @dataclass
@@ -197,6 +198,7 @@ class SessionRelay:
         self.reasons: list[str] = []
         self.faults: list[BaseException] = []
         self.tls = 0
+        self.databases = Databases()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._listener: asyncio.Server | None = None
@@ -217,7 +219,7 @@ class SessionRelay:
             self.ids.new(now), now, Address("127.0.0.1", 1), target, None, Workload(), settings.principal,
             None, settings.identity_required, settings.attachment, settings.client_wants_tls,
         )  # fmt: skip
-        return SessionContext(facts, self.engine, self.ids, settings.limits)
+        return SessionContext(facts, self.engine, self.ids, settings.limits, self.databases)
 
     def __enter__(self) -> SessionRelay:
         self._thread.start()
