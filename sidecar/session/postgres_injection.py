@@ -107,7 +107,8 @@ class Injections(Names):
                 )
             if self._injecting == "check":
                 rows = self._injected_rows
-                found = (rows[0][1] or b"").decode("ascii", "replace") if len(rows) == 1 else ""
+                known = len(rows) == 1 and len(rows[0]) > 1
+                found = (rows[0][1] or b"").decode("ascii", "replace") if known else ""
                 if self._injected_failed or not self.judge.fingerprint_is(found):
                     self._stale = True
                     self._injections.append(("catalog", SNAPSHOT_QUERY))

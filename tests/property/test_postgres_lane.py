@@ -40,6 +40,7 @@ rules:
 """
 ENGINE = load_policy(POLICY, "policy.yaml")
 FLOW = "0190a000-0000-7000-8000-000000000000"
+START_NS = 1_700_000_000_000_000_000
 COLUMNS = {1: b"id", 2: b"name", 3: b"ssn"}
 
 
@@ -67,7 +68,7 @@ def make_session(*, lane: bool) -> PostgresSession:
         + m.message(b"S", b"standard_conforming_strings\0on\0")
         + m.message(b"K", b"\0\0\0\x05\0\0\0\x06")
         + m.message(b"Z", b"I"),
-        1,
+        START_NS,
     )
     catalog = [
         m.row([b"c", b"16400", b"public", b"people", str(n).encode(), name]) for n, name in COLUMNS.items()
@@ -76,7 +77,7 @@ def make_session(*, lane: bool) -> PostgresSession:
         Side.SERVER,
         m.message(b"1", b"") + m.message(b"2", b"") + b"".join(catalog) + m.message(b"C", b"SELECT 3\0")
         + m.message(b"3", b"") + m.message(b"3", b"") + m.message(b"Z", b"I"),
-        1,
+        START_NS,
     )  # fmt: skip
     return session
 
@@ -100,7 +101,7 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.encoded = 0
         self.closed = False
-        self.now = 1_700_000_000_000_000_000
+        self.now = START_NS
 
     def feed(self, side: Side, data: bytes) -> None:
         self.now += 1_000_000
