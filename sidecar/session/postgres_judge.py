@@ -142,6 +142,7 @@ class Judge:
         self._asked_ns = now_ns
         if self._shared is not None:
             self._asked = self._shared.version
+            self._shared.checked_ns = max(self._shared.checked_ns, now_ns)  # the others need not ask as well
 
     def fingerprint_is(self, found: str) -> bool:
         """The answer; False: the snapshot is older."""
