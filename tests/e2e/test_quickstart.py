@@ -79,7 +79,10 @@ def _shape(text: str) -> str:
     text = re.sub(r"^( +process ).*", r"\1 TREE", text, flags=re.M)
     for pattern, name in (
         (r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "UUID"),
-        (r"\s*\(UUID\)", ""),  # the altered record's id is shown where the byte that was changed left it readable
+        (
+            r"\s*\(UUID\)",
+            "",
+        ),  # the altered record's id is shown where the byte that was changed left it readable
         (r"quickstart-\w+", "STATE"),
         (r"\b(record|why|hold|approve) [0-9a-f]{8}\b", r"\1 ID"),
         (r"\b[0-9a-f]{8}…", "HASH"),

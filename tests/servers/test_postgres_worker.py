@@ -277,6 +277,54 @@ def test_a_client_that_has_reset_while_its_answer_arrives(size: int, tmp_path: P
         assert reasons == {"client_closed"}
 
 
+@pytest.mark.parametrize("size", [60, 150_000])
+def test_peers_that_read_slowly_get_every_byte_in_order(size: int, tmp_path: Path) -> None:
+    """What the kernel takes only a part of goes on by the transport, behind nothing and before everything."""
+    rounds = 30
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # inherited by what it accepts
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(10)
+        with (
+            UnsteeredWorker(Address("127.0.0.1", server.getsockname()[1]), tmp_path) as running,
+            socket.socket() as client,
+        ):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(20)
+            client.connect((running.address.host, running.address.port))
+            client.sendall(w.startup(user="someone"))
+            upstream, _ = server.accept()
+            with upstream:
+                upstream.settimeout(20)
+                upstream.recv(8)
+                upstream.sendall(b"N")
+                upstream.recv(65536)
+                upstream.sendall(w.message(b"R", bytes(4)) + w.ready())
+                while not client.recv(65536).endswith(w.ready()):
+                    pass
+                for number in range(rounds):
+                    asked = w.query(f"SELECT '{number:08d}{'q' * size}'")
+                    answer = (
+                        w.description(w.column("t"))
+                        + w.row(f"{number:08d}".encode() + b"x" * size)
+                        + w.complete("SELECT 1")
+                        + w.ready()
+                    )
+                    for sender, receiver, data in ((client, upstream, asked), (upstream, client, answer)):
+                        sending = threading.Thread(target=send_all, args=(sender, data))
+                        sending.start()
+                        time.sleep(0.01)
+                        got = bytearray()
+                        while len(got) < len(data):
+                            piece = receiver.recv(1000 if size < 1000 else 20_000)
+                            assert piece, f"cut off after {len(got)} of {len(data)}"
+                            got += piece
+                        assert got == data
+                        sending.join()
+        assert len(running.records("request")) == rounds
+
+
 def send_all(sock: socket.socket, data: bytes) -> None:
     with contextlib.suppress(ConnectionError):
         sock.sendall(data)
