@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from dataclasses import replace
 from typing import Final
 
 from sidecar.model.flow import Side
@@ -99,13 +98,6 @@ class TlsSession:
         return [StartTls(server_name=name, verify=mode, ca_file=target.tls_ca)]
 
     def tls_started(self, now_ns: int) -> list[Command]:
-        """The server's certificate is good for the name that the client asked for: the name is no mere claim any more."""
-        facts = self.context.facts
-        if self._name is not None and facts.target.tls_mode in (None, "verify-full"):
-            target = facts.target
-            if self._name not in target.names:
-                target = replace(target, names=(*target.names, self._name))
-            self.context.facts = replace(facts, target=target)
         return self._outward(self._inner.upstream_connected(now_ns))
 
     # -- bytes
