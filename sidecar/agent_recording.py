@@ -17,7 +17,6 @@ from typing import Any, Final
 from sidecar.approvals.grants import Grant
 from sidecar.audit.hostkey import HostKey
 from sidecar.audit.spool import Spool, SpoolState, StreamHandle, StreamWriter
-from sidecar.audit.writer import segment_bytes
 from sidecar.config import Audit
 from sidecar.control.server import Refusal as ControlRefusal
 from sidecar.errors import AuditError
@@ -78,14 +77,7 @@ class Recording:
         self.spool = Spool(audit.directory, self._host, max_bytes=audit.max_bytes, on_full=audit.on_full)
         handle = await self._call(self.spool.open_stream, "supervisor")
         self._own_stream = handle.stream
-        self._writer = StreamWriter(
-            handle.fd,
-            stream=handle.stream,
-            host=self._host,
-            head=handle.head,
-            next_seq=handle.next_seq,
-            segment_bytes=segment_bytes(audit.max_bytes),
-        )
+        self._writer = handle.writer(self._host, audit.max_bytes)
         self.agent("started", said)
 
     async def close(self, said: str, ship: Callable[[], Awaitable[None]]) -> None:

@@ -46,6 +46,17 @@ class StreamHandle:
     head: bytes
     next_seq: int
 
+    def writer(self, host: str, max_bytes: int) -> StreamWriter:
+        """Appends to the stream. `max_bytes` is the spool's, by which its segments are sized."""
+        return StreamWriter(
+            self.fd,
+            stream=self.stream,
+            host=host,
+            head=self.head,
+            next_seq=self.next_seq,
+            segment_bytes=segment_bytes(max_bytes),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SpoolState:
@@ -298,14 +309,7 @@ class Spool:
         try:
             if self._gap_writer is None:
                 handle = self.open_stream(GAP_LABEL)
-                self._gap_writer = StreamWriter(
-                    handle.fd,
-                    stream=handle.stream,
-                    host=self.host,
-                    head=handle.head,
-                    next_seq=handle.next_seq,
-                    segment_bytes=segment_bytes(self._max_bytes),
-                )
+                self._gap_writer = handle.writer(self.host, self._max_bytes)
             self._gap_writer.append_many(self._gaps)
             if self._gap_writer.full:
                 self._gap_writer.switch(self.rotate(self._gap_writer.stream).fd)
